@@ -1,0 +1,989 @@
+"""All tests: equations against slow loops, hooks against hand-written forwards, samplers against closed forms and
+diffusers, the command line against bad input. Tests that compare with diffusers are skipped where it is not installed.
+"""
+import json
+import math
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import sampler
+from dit import DIT_SIZES, DiT, load_dit
+from emag import (EMAG, Window, blend, cfg_update, deviation, ema_update, emag_update, select_layers, zscore)
+
+HERE = Path(__file__).resolve().parent
+DEMO = HERE / "demo" / "emoji-flow.pt"
+F64 = torch.float64
+
+
+def seeded(*shape, seed=0, dtype=F64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------ equations, by slow loops
+
+
+def test_attention_ema_over_twenty_steps():
+    maps, beta = seeded(20, 2, 3, 5, 5).softmax(-1), 0.9
+    ema = None
+    for step in range(20):
+        ema = ema_update(ema, maps[step], beta)
+        # The recursion unrolled: E_t = β^t·A_0 + Σ_{s=1}^{t} (1−β)·β^{t−s}·A_s
+        unrolled = beta**step * maps[0] + sum((1 - beta) * beta ** (step - s) * maps[s] for s in range(1, step + 1))
+        torch.testing.assert_close(ema, unrolled)
+
+
+def test_ema_starts_with_a_copy_and_goes_on_in_place():
+    first = seeded(1, 2, 3, 3)
+    kept = first.clone()
+    ema = ema_update(None, first, 0.5)
+    assert ema_update(ema, kept + 1, 0.5) is ema
+    assert torch.equal(first, kept) and not torch.equal(ema, first)
+
+
+def test_deviation_is_a_mean_per_sample():
+    ema, attn = seeded(3, 2, 4, 5, seed=1), seeded(3, 2, 4, 5, seed=2)
+    for b in range(3):
+        total = sum(abs(ema[b, h, q, k].item() - attn[b, h, q, k].item())
+                    for h in range(2) for q in range(4) for k in range(5))
+        assert deviation(ema, attn)[b].item() == pytest.approx(total / (2 * 4 * 5), rel=1e-12)
+
+
+def test_zscore_by_hand():
+    dev = seeded(7, 4).abs()
+    for row, z in zip(dev.tolist(), zscore(dev).tolist()):
+        mean = sum(row) / 4
+        std = math.sqrt(sum((value - mean) ** 2 for value in row) / 4)
+        assert z == pytest.approx([(value - mean) / std for value in row], rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_equal_deviations_have_zscore_zero_and_select_the_first(dtype):
+    for width in (1, 3, 4, 7):
+        dev = torch.full((2, width), 0.1, dtype=dtype)
+        assert torch.equal(zscore(dev), torch.zeros_like(dev))
+        assert select_layers(dev).tolist() == [[True] + [False] * (width - 1)] * 2
+
+
+def test_zscore_selection_is_the_argmax_of_the_deviation():
+    for width in (1, 2, 3, 4, 8):
+        dev = seeded(500, width, seed=width).abs() * 1e-5
+        slow = [row.index(max(row)) for row in dev.tolist()]
+        assert zscore(dev).argmax(dim=1).tolist() == slow
+        assert select_layers(dev).nonzero().tolist() == [[b, n] for b, n in enumerate(slow)]
+
+
+def test_ties_select_the_first():
+    assert select_layers(torch.tensor([[1.0, 3.0, 3.0, 2.0]])).tolist() == [[False, True, False, False]]
+
+
+def test_threshold_adds_blocks_and_its_bound():
+    dev = seeded(200, 4).abs()
+    z = zscore(dev)
+    for tau in (-0.5, 0.0, 0.8):
+        slow = [[value >= tau or value == max(row) for value in row] for row in z.tolist()]
+        assert select_layers(dev, tau).tolist() == slow
+    # z ≤ √(L−1), reached where one block stands alone, so a larger τ is the argmax.
+    for width in (2, 4, 9):
+        alone = torch.zeros(1, width, dtype=F64)
+        alone[0, 1] = 1
+        assert zscore(alone).max().item() == pytest.approx(math.sqrt(width - 1))
+        dev = seeded(300, width).abs()
+        assert zscore(dev).max() <= math.sqrt(width - 1) + 1e-9
+        assert torch.equal(select_layers(dev, math.sqrt(width - 1) + 1e-6), select_layers(dev))
+
+
+def test_scaling_the_deviation_changes_neither_z_nor_selection():
+    dev = seeded(50, 4).abs()
+    torch.testing.assert_close(zscore(0.988 * dev), zscore(dev))
+    assert torch.equal(select_layers(0.988 * dev, 0.5), select_layers(dev, 0.5))
+
+
+def test_blend_and_updates_by_hand():
+    a, b = seeded(2, 3, seed=1), seeded(2, 3, seed=2)
+    for i in range(2):
+        for j in range(3):
+            p, q = a[i, j].item(), b[i, j].item()
+            assert blend(a, b, 0.3)[i, j].item() == pytest.approx(0.7 * p + 0.3 * q)
+            assert emag_update(a, b, 2.5)[i, j].item() == pytest.approx(q + 2.5 * (p - q))
+            assert cfg_update(a, b, 1.7)[i, j].item() == pytest.approx(q + 1.7 * (p - q))
+
+
+@pytest.mark.parametrize("steps, observed, perturbed", [
+    (1, [0], [0]),                                # r = 0 alone, and every bound rounds to 0
+    (2, [0, 1], [0, 1]),                          # bounds 1, 1 and 0 of r = 1, 0
+    (28, range(0, 23), range(5, 23)),             # r 27…5 and 22…5
+    (250, range(0, 200), range(50, 200)),         # r 249…50 and 199…50
+])
+def test_window_indices(steps, observed, perturbed):
+    window = Window(1.0, 0.8, 0.2)
+    assert [i for i in range(steps) if window.observes(i, steps)] == list(observed)
+    assert [i for i in range(steps) if window.perturbs(i, steps)] == list(perturbed)
+
+
+def test_window_of_the_published_dit_settings():
+    window = Window(0.6, 0.4, 0.2)                # 250 steps: observe r 149…50, perturb r 100…50
+    assert [249 - i for i in range(250) if window.observes(i, 250)] == list(range(149, 49, -1))
+    assert [249 - i for i in range(250) if window.perturbs(i, 250)] == list(range(100, 49, -1))
+
+
+@pytest.mark.parametrize("bounds", [(0.5, 0.8, 0.2), (1.0, 0.2, 0.8), (1.2, 0.8, 0.2), (1.0, 0.8, -0.1)])
+def test_window_out_of_order(bounds):
+    with pytest.raises(ValueError, match="need 1 ≥ start"):
+        Window(*bounds)
+
+
+# ------------------------------------------------------------- two models, each with a forward written out by hand
+
+
+def softmax_map(q: Tensor, k: Tensor) -> Tensor:
+    return torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(q.shape[-1]), dim=-1)
+
+
+def randomised(model: nn.Module, seed: int = 0, std: float = 0.1) -> nn.Module:
+    """Random weights everywhere, also where an initialisation puts zeros, so that every block does something."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, std, generator=generator)
+    return model.double().eval().requires_grad_(False)
+
+
+def small_dit(seed: int = 0, **changes) -> DiT:
+    config = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=5, num_heads=4, num_classes=3,
+                  learn_sigma=False)
+    return randomised(DiT(**(config | changes)), seed, std=0.25)
+
+
+def dit_by_hand(model: DiT, x: Tensor, t: Tensor, y: Tensor, replace={}) -> tuple[Tensor, dict[int, Tensor]]:
+    """DiT's forward with plain attention; `replace` maps (block, sample) to the map used there. Also gives the maps."""
+    heads, maps = model.config["num_heads"], {}
+    h = model.x_embedder(x) + model.pos_embed
+    c = model.t_embedder(t) + model.y_embedder(y)
+    for n, block in enumerate(model.blocks):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+            part[:, None] for part in block.adaLN_modulation(c).chunk(6, dim=1))
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2)
+                   for part in block.attn.qkv(block.norm1(h) * (1 + scale_a) + shift_a).chunk(3, dim=-1))
+        maps[n] = softmax_map(q, k)
+        used = torch.stack([replace.get((n, b), maps[n][b]) for b in range(len(x))])
+        h = h + gate_a * block.attn.proj((used @ v).transpose(1, 2).flatten(2))
+        h = h + gate_m * block.mlp(block.norm2(h) * (1 + scale_m) + shift_m)
+    shift, scale = (part[:, None] for part in model.final_layer.adaLN_modulation(c).chunk(2, dim=1))
+    h = model.final_layer.linear(model.final_layer.norm_final(h) * (1 + scale) + shift)
+    p, grid = model.patch_size, x.shape[-1] // model.patch_size
+    out = torch.zeros(len(x), h.shape[-1] // p**2, *x.shape[2:], dtype=h.dtype)
+    for token in range(grid**2):
+        row, column = p * (token // grid), p * (token % grid)
+        out[:, :, row:row + p, column:column + p] = h[:, token].unflatten(-1, (p, p, -1)).permute(0, 3, 1, 2)
+    return out, maps
+
+
+class WildBlock(nn.Module):
+    """Keyword calls, a cross-attention after the self-attention, an in-place addition, and a tuple as its output."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.cq, self.ck, self.cv, self.co = (nn.Linear(dim, dim) for _ in range(4))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, *, hidden: Tensor, context: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        out = F.scaled_dot_product_attention(query=self.split(self.q(hidden)), key=self.split(self.k(hidden)),
+                                             value=self.split(self.v(hidden)))
+        hidden = hidden + self.o(out.transpose(1, 2).flatten(2))
+        out = F.scaled_dot_product_attention(query=self.split(self.cq(hidden)), key=self.split(self.ck(context)),
+                                             value=self.split(self.cv(context)))
+        return hidden + self.co(out.transpose(1, 2).flatten(2)), {"context": context + 0.1 * context.tanh()}
+
+
+class WildModel(nn.Module):
+    """Blocks like those in other code bases; early outputs reach late blocks, and the stream is changed in place."""
+
+    def __init__(self, dim: int = 16, heads: int = 2, depth: int = 5):
+        super().__init__()
+        self.layers_ = nn.ModuleList(WildBlock(dim, heads) for _ in range(depth))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        skips = []
+        for block in self.layers_:
+            x, extra = block(hidden=x, context=context)
+            context = extra["context"]
+            skips.append(x)
+            x += 0.05                              # in place: what the block gave is changed after the fact
+        return x + sum(skips[:2])
+
+    def by_hand(self, x: Tensor, context: Tensor, replace={}) -> tuple[Tensor, dict[int, Tensor]]:
+        skips, maps = [], {}
+        for n, block in enumerate(self.layers_):
+            maps[n] = softmax_map(block.split(block.q(x)), block.split(block.k(x)))
+            used = torch.stack([replace.get((n, b), maps[n][b]) for b in range(len(x))])
+            x = x + block.o((used @ block.split(block.v(x))).transpose(1, 2).flatten(2))
+            cross = softmax_map(block.split(block.cq(x)), block.split(block.ck(context)))
+            x = x + block.co((cross @ block.split(block.cv(context))).transpose(1, 2).flatten(2))
+            context = context + 0.1 * context.tanh()
+            x = x + 0.05
+            skips.append(x)                        # the in-place addition reaches the skip as well
+        return x + sum(skips[:2]), maps
+
+
+class Case:
+    """A model, its blocks, its forward by hand, and inputs for each step of a trajectory: `batch` samples from 0 on."""
+
+    def __init__(self, name: str, batch: int = 3, seed: int = 0):
+        self.name, self.batch = name, batch
+        if name == "dit":
+            self.model = small_dit(seed)
+            self.blocks, self.by_hand = self.model.blocks, lambda *args, **kw: dit_by_hand(self.model, *args, **kw)
+        else:
+            self.model = randomised(WildModel(), seed, std=0.4)
+            self.blocks, self.by_hand = self.model.layers_, self.model.by_hand
+
+    def inputs(self, step: int) -> tuple[Tensor, ...]:
+        if self.name == "dit":
+            x = torch.stack([seeded(3, 8, 8, seed=100 * b + step) for b in range(self.batch)])
+            return x, torch.full((self.batch,), 900.0 - 100 * step, dtype=F64), torch.arange(self.batch) % 4
+        return (torch.stack([seeded(9, 16, seed=100 * b + step) for b in range(self.batch)]),
+                torch.stack([seeded(7, 16, seed=5000 + b) for b in range(self.batch)]))
+
+    def emag(self, layers=(1, 2, 3), **options) -> EMAG:
+        return EMAG(self.blocks, layers, ema_dtype=F64, **options)
+
+
+@pytest.fixture(params=["dit", "wild"])
+def case(request) -> Case:
+    return Case(request.param)
+
+
+class SlowEMAG:
+    """The equations of METHOD for any `by_hand` forward, a sample at a time, nothing shared with emag.py."""
+
+    def __init__(self, case: Case, layers, beta=0.988, strength=1.0, threshold=None):
+        self.case, self.layers, self.beta, self.strength, self.threshold = case, layers, beta, strength, threshold
+        self.ema, self.selected, self.deviation = {}, [], []
+
+    def clean(self, *inputs) -> Tensor:
+        pred, self.maps = self.case.by_hand(*inputs)
+        self.selected, self.deviation = [], []
+        for b in range(len(pred)):
+            for n in self.layers:
+                attn = self.maps[n][b]
+                old = self.ema.get((n, b))
+                self.ema[n, b] = attn if old is None else self.beta * old + (1 - self.beta) * attn
+            dev = [(self.ema[n, b] - self.maps[n][b]).abs().mean().item() for n in self.layers]
+            mean = sum(dev) / len(dev)
+            std = math.sqrt(sum((d - mean) ** 2 for d in dev) / len(dev))
+            z = [0.0 if std < 1e-15 else (d - mean) / std for d in dev]
+            best = z.index(max(z))
+            self.selected.append([n for i, n in enumerate(self.layers)
+                                  if i == best or (self.threshold is not None and z[i] >= self.threshold)])
+            self.deviation.append(dev)
+        return pred
+
+    def negative(self, *inputs) -> Tensor:
+        replace = {(n, b): (1 - self.strength) * self.maps[n][b] + self.strength * self.ema[n, b]
+                   for b, chosen in enumerate(self.selected) for n in chosen}
+        return self.case.by_hand(*inputs, replace=replace)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- the hooks
+
+
+@pytest.mark.parametrize("options", [{}, {"strength": 0.4}, {"threshold": 0.0}, {"threshold": 0.0, "strength": 0.7}])
+@pytest.mark.parametrize("reuse", [True, False])
+def test_the_negative_is_that_of_a_forward_written_by_hand(case, options, reuse):
+    emag, slow = case.emag(beta=0.8, reuse=reuse, **options), SlowEMAG(case, (1, 2, 3), beta=0.8, **options)
+    seen = set()
+    for step in range(6):
+        with emag.observe():
+            pred = case.model(*case.inputs(step))
+        torch.testing.assert_close(pred, slow.clean(*case.inputs(step)))
+        with emag.perturb():
+            negative = case.model(*case.inputs(step))
+        torch.testing.assert_close(negative, slow.negative(*case.inputs(step)))
+        torch.testing.assert_close(emag.deviation, torch.tensor(slow.deviation, dtype=F64))
+        chosen = [[n for n, is_chosen in zip((1, 2, 3), row) if is_chosen] for row in emag.selected.tolist()]
+        assert chosen == slow.selected
+        seen.add(tuple(map(tuple, chosen)))
+        if step > 0:
+            assert (negative - pred).abs().max() > 1e-3 * pred.abs().max()
+    # The samples of one batch disagree about the block at some step, else this test shows less than it says.
+    assert any(len(set(rows)) > 1 for rows in seen)
+
+
+def test_observe_leaves_the_clean_pass_bit_for_bit(case):
+    plain = case.model(*case.inputs(0))
+    with case.emag().observe(slice(0, 1)):
+        assert torch.equal(case.model(*case.inputs(0)), plain)
+
+
+def test_reuse_runs_no_block_before_the_selected_one(case):
+    emag, ran = case.emag(), []
+    for n, block in enumerate(case.blocks):
+        linear = block.attn.qkv if case.name == "dit" else block.q
+        linear.register_forward_hook(lambda module, args, out, n=n: ran.append(n))
+    for step in range(2):
+        with emag.observe():
+            case.model(*case.inputs(step))
+    ran.clear()
+    with emag.perturb():
+        case.model(*case.inputs(1))
+    first = 1 + emag.selected.nonzero()[:, 1].min().item()
+    assert ran == list(range(first, 5))
+
+
+def test_observed_rows_alone_count():
+    """Half of a doubled batch observed, the negative made from that half: as if the other half were not there."""
+    for rows in (slice(0, 3), slice(3, 6), torch.tensor([0, 2, 4])):
+        double, single = Case("dit", batch=6), Case("dit", batch=6)
+        emag, alone = double.emag(), single.emag()
+        for step in range(3):
+            picked = [part[rows] for part in double.inputs(step)]
+            with emag.observe(rows):
+                double.model(*double.inputs(step))
+            with alone.observe():
+                single.model(*picked)
+            with emag.perturb():
+                negative = double.model(*picked)
+            with alone.perturb():
+                torch.testing.assert_close(negative, single.model(*picked))
+        torch.testing.assert_close(emag.deviation, alone.deviation)
+
+
+def test_strength_zero_is_the_clean_prediction(case):
+    emag = case.emag(strength=0.0)
+    for step in range(3):
+        with emag.observe():
+            pred = case.model(*case.inputs(step))
+        with emag.perturb():
+            torch.testing.assert_close(case.model(*case.inputs(step)), pred)
+
+
+def trajectory(case: Case, emag: EMAG, steps: int = 4) -> list[Tensor]:
+    negatives = []
+    for step in range(steps):
+        with emag.observe():
+            case.model(*case.inputs(step))
+        with emag.perturb():
+            negatives.append(case.model(*case.inputs(step)))
+    return negatives
+
+
+def test_two_runs_after_reset_agree_exactly(case):
+    emag = case.emag()
+    first, devs = trajectory(case, emag), [entry.deviation for entry in emag.trace]
+    emag.reset()
+    assert emag.trace == []
+    for one, two in zip(first, trajectory(case, emag)):
+        assert torch.equal(one, two)
+    assert all(torch.equal(entry.deviation, dev) for entry, dev in zip(emag.trace, devs)) and len(emag.trace) == 4
+
+
+def test_the_trace_is_on_the_cpu_and_the_properties_are_its_last_entry(case):
+    emag = case.emag()
+    with pytest.raises(RuntimeError, match="nothing was observed yet"):
+        emag.deviation
+    trajectory(case, emag)
+    for name in ("deviation", "zscore", "selected"):
+        assert getattr(emag, name) is getattr(emag.trace[-1], name)
+        assert getattr(emag, name).shape == (3, 3) and getattr(emag, name).device.type == "cpu"
+    torch.testing.assert_close(emag.zscore, zscore(emag.deviation))
+    assert torch.equal(emag.trace[0].zscore, torch.zeros(3, 3, dtype=F64))         # E = A at the first observed step
+    assert emag.trace[0].selected.tolist() == [[True, False, False]] * 3
+
+
+def test_update_false_advances_neither_ema_nor_deviation(case):
+    """Heun's second evaluation: another clean pass, guided with the step's own E and selection."""
+    emag, slow = case.emag(beta=0.8), SlowEMAG(case, (1, 2, 3), beta=0.8)
+    for step in (0, 1, 2):
+        with emag.observe():
+            case.model(*case.inputs(step))
+        slow.clean(*case.inputs(step))
+        with emag.observe(update=False):
+            case.model(*case.inputs(10 + step))
+        with emag.perturb():
+            negative = case.model(*case.inputs(10 + step))
+        torch.testing.assert_close(negative, slow.negative(*case.inputs(10 + step)))
+    assert len(emag.trace) == 3
+
+
+def forwards(model: nn.Module) -> list:
+    return [(name, "forward" in vars(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in model.named_modules()]
+
+
+def test_hooks_are_gone_after_normal_exit_and_after_an_exception(case):
+    before, plain, emag = forwards(case.model), case.model(*case.inputs(0)), case.emag()
+    trajectory(case, emag)
+    assert forwards(case.model) == before
+    for candidate in (True, False):
+        # In the middle of a block: after its attention was caught, before it returns.
+        module = case.blocks[2 if candidate else 0]
+        module = module.attn.proj if case.name == "dit" else module.o
+        handle = module.register_forward_hook(lambda *args: 1 / 0)
+        for context in (emag.observe, emag.perturb):
+            with pytest.raises(ZeroDivisionError), context():
+                case.model(*case.inputs(0))
+                raise ZeroDivisionError            # a perturb that reuses block 0 does not run into the hook
+            emag.reset()
+            handle.remove()
+            trajectory(case, emag, steps=1)
+            handle = module.register_forward_hook(lambda *args: 1 / 0)
+        handle.remove()
+    assert forwards(case.model) == before
+    assert torch.equal(case.model(*case.inputs(0)), plain)
+
+
+def test_a_forward_somebody_else_put_on_a_block_comes_back(case):
+    calls, block = [], case.blocks[1]
+    original = block.forward
+    block.forward = mine = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    trajectory(case, case.emag(), steps=2)
+    assert block.forward is mine and calls
+
+
+def test_no_negative_from_half_a_pass(case):
+    emag = case.emag()
+    trajectory(case, emag, steps=1)
+    with pytest.raises(ZeroDivisionError), emag.observe():
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="needs a clean pass"), emag.perturb():
+        pass
+
+
+def test_blocks_that_were_not_chosen_are_untouched():
+    """Only the block with the replaced map differs from the clean pass, given the input it got."""
+    case = Case("dit", batch=1)
+    emag = case.emag()
+    for step in range(3):
+        with emag.observe():
+            case.model(*case.inputs(step))
+    seen = {}
+    handles = [block.register_forward_hook(lambda module, args, out, n=n: seen.update({n: (args, out)}))
+               for n, block in enumerate(case.blocks)]
+    with emag.perturb():
+        case.model(*case.inputs(2))
+    for handle in handles:
+        handle.remove()
+    chosen = [1 + column for column in emag.selected[0].nonzero()[:, 0].tolist()]
+    for n, (args, out) in seen.items():
+        agrees = torch.allclose(case.blocks[n](*args), out, rtol=1e-9, atol=1e-9)
+        if n >= chosen[0]:
+            assert agrees == (n not in chosen), f"block {n}, chosen {chosen}"
+
+
+class NoAttention(nn.Module):
+    def forward(self, x):
+        return x
+
+
+def test_a_candidate_without_self_attention_is_an_error_that_names_it(case):
+    blocks = [*case.blocks[:2], NoAttention()]
+    emag = EMAG(blocks, [2])
+    with pytest.raises(RuntimeError, match=r"candidate block 2 \(NoAttention\) made no self-attention"), emag.observe():
+        blocks[2](torch.zeros(1, 4))
+    with pytest.raises(RuntimeError, match="candidate block 1 did not run"), EMAG(blocks, [1]).observe():
+        pass
+
+
+class CrossOnly(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x[:, :, :3], x[:, :, :3])
+
+
+def test_cross_attention_does_not_count():
+    block = CrossOnly()
+    with pytest.raises(RuntimeError, match="made no self-attention"), EMAG([block], [0]).observe():
+        block(torch.zeros(1, 1, 4, 8))
+
+
+def test_wrong_use_is_one_clear_line(case):
+    emag = case.emag()
+    with pytest.raises(RuntimeError, match="nothing was observed yet"), emag.perturb():
+        pass
+    with pytest.raises(RuntimeError, match="ran twice"), emag.observe():
+        case.model(*case.inputs(0))
+        case.model(*case.inputs(0))
+    emag.reset()
+    trajectory(case, emag, steps=2)
+    for reuse in (True, False):
+        emag.reuse = reuse
+        with emag.observe():
+            case.model(*case.inputs(0))
+        with pytest.raises(RuntimeError, match="got 2 samples, 3 were observed"), emag.perturb():
+            case.model(*(part[:2] for part in case.inputs(0)))
+    with pytest.raises(RuntimeError, match="call reset"), emag.observe(slice(0, 2)):
+        case.model(*case.inputs(0))
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(layers=[]), "need at least one"), (dict(layers=[5]), "of 0…4"), (dict(layers=[-1]), "of 0…4"),
+    (dict(beta=1.1), "0 ≤ beta ≤ 1"), (dict(beta=-0.1), "0 ≤ beta ≤ 1"), (dict(strength=2), "0 ≤ strength ≤ 1"),
+    (dict(variant="blur"), "need 'map'"), (dict(ema_dtype=torch.bfloat16), "8 bits"),
+])
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        EMAG(small_dit().blocks, **(dict(layers=[1]) | options))
+
+
+def test_few_heads_at_a_time_gives_the_same(case, monkeypatch):
+    whole = trajectory(case, case.emag())
+    monkeypatch.setattr("emag.CHUNK", 1)
+    for one, two in zip(whole, trajectory(case, case.emag())):
+        torch.testing.assert_close(one, two)
+
+
+@contextmanager
+def allocations():
+    """Yields a list that holds, afterwards, the most bytes that were allocated on the CPU at once inside."""
+    peak = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield peak
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    peak.append(int(live.max()))
+
+
+def test_observe_holds_the_average_and_one_chunk(monkeypatch):
+    """Peak memory above the plain model is E plus a few chunks; four times E would fail by far."""
+    model = DiT(input_size=32, patch_size=1, in_channels=1, hidden_size=32, depth=4, num_heads=8, num_classes=1,
+                learn_sigma=False).eval().requires_grad_(False)
+    inputs = torch.zeros(1, 1, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    one_map = 4 * 1024**2                                                   # bytes of one head's map of 1024 tokens
+    monkeypatch.setattr("emag.CHUNK", 1024**2)
+    with allocations() as plain:
+        model(*inputs)
+    emag = EMAG(model.blocks, [1, 2])
+    with allocations() as first, emag.observe():
+        model(*inputs)
+    with allocations() as later:
+        with emag.observe():
+            model(*inputs)
+        with emag.perturb():
+            model(*inputs)
+    average = 2 * 8 * one_map
+    assert average < first[0] - plain[0] < average + 5 * one_map            # E is allocated at the first step
+    assert later[0] - plain[0] < 5 * one_map                                # and later only chunks are
+
+
+# ----------------------------------------------------------------------------------------------------- per sample
+
+
+def draw(model, meta, count, batch, **changes) -> tuple[Tensor, Tensor]:
+    settings = dict(sampler="euler", steps=6, cfg=2.0, emag=2.0, layers=[1, 2, 3], beta=0.9, strength=1.0, uncond=False,
+                    variant="map", threshold=None, window=[1.0, 0.8, 0.2], seed=3, eta=0.0) | changes
+    parts = []
+    for start in range(0, count, batch):
+        indices = range(start, min(start + batch, count))
+        x, emag = sampler.sample(model, meta, [i % model.null_class for i in indices], indices, settings)
+        parts.append((x, torch.stack([entry.selected for entry in emag.trace], dim=1)))
+    return torch.cat([x for x, _ in parts]), torch.cat([selected for _, selected in parts])
+
+
+@pytest.mark.parametrize("which", ["random", "demo"])
+def test_a_sample_does_not_depend_on_its_batch(which):
+    if which == "demo":
+        model, meta = load_dit(DEMO)
+        settings = meta["settings"] | dict(steps=8)
+        tolerance = 1e-3                                                    # float32 network, images in [−1, 1]
+    else:
+        model, meta, settings, tolerance = small_dit(), dict(prediction="velocity"), {}, 1e-9
+    together, selected = draw(model, meta, 6, 6, **settings)
+    for batch in (1, 4, 2):
+        apart, selected_apart = draw(model, meta, 6, batch, **settings)
+        torch.testing.assert_close(apart, together, rtol=0, atol=tolerance)
+        assert torch.equal(selected_apart, selected)
+    # At some step the samples of the batch chose different blocks.
+    assert any(len(set(map(tuple, step.tolist()))) > 1 for step in selected.unbind(dim=1))
+
+
+def test_different_blocks_for_different_samples_by_construction():
+    """Sample 0's map moves in block 1 only, sample 1's in block 3 only: each is perturbed there and nowhere else."""
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(WildBlock(16, 2) for _ in range(5)).double()
+    context = seeded(2, 7, 16)
+    still = seeded(2, 9, 16)
+
+    def run(moves: dict[int, Tensor]) -> Tensor:
+        out = []
+        for n, block in enumerate(blocks):
+            out.append(block(hidden=moves.get(n, still), context=context)[0])
+        return torch.stack(out, dim=1)
+
+    moved = still + seeded(2, 9, 16, seed=1)
+    first = torch.stack([moved[0], still[1]])
+    third = torch.stack([still[0], moved[1]])
+    emag = EMAG(blocks, [1, 2, 3], reuse=False, ema_dtype=F64)
+    with torch.no_grad():
+        for moves in ({}, {1: first, 3: third}):
+            with emag.observe():
+                pred = run(moves)
+        with emag.perturb():
+            negative = run({1: first, 3: third})
+    assert emag.selected.tolist() == [[True, False, False], [False, False, True]]
+    changed = (negative - pred).abs().amax(dim=(2, 3)) > 1e-6
+    assert changed.tolist() == [[False, True, False, False, False], [False, False, False, True, False]]
+
+
+# ------------------------------------------------------------------------------------------------- guided prediction
+
+
+def toy_net(x: Tensor, t: float, y: Tensor) -> Tensor:
+    return torch.tanh(x * (1 + 0.1 * y[:, None, None, None])) * t
+
+
+def test_guided_is_plain_or_cfg_where_emag_is_off():
+    x, y, null = seeded(2, 3, 4, 4), torch.tensor([0, 1]), torch.tensor([3, 3])
+    plain, at_null = toy_net(x, 0.5, y), toy_net(x, 0.5, null)
+    assert torch.equal(sampler.guided(toy_net, y, null, steps=4)(x, 0.5, 0), plain)
+    torch.testing.assert_close(sampler.guided(toy_net, y, null, steps=4, cfg=3.0)(x, 0.5, 0),
+                               at_null + 3 * (plain - at_null))
+
+
+def counting(net):
+    def wrapped(x, t, y):
+        wrapped.samples.append(len(x))
+        return net(x, t, y)
+    wrapped.samples = []
+    return wrapped
+
+
+@pytest.mark.parametrize("cfg, scale, passes", [
+    (1.0, 1.0, [[2], [2], [2], [2]]), (2.0, 1.0, [[4], [4], [4], [4]]),
+    (1.0, 2.0, [[2], [2, 2], [2, 2], [2]]), (2.0, 0.0, [[4], [4, 2], [4, 2], [4]])])
+def test_a_scale_that_is_off_costs_no_pass(cfg, scale, passes):
+    case = Case("dit", batch=2)
+    net = counting(sampler.network(case.model, dict(prediction="velocity")))
+    predict = sampler.guided(net, torch.tensor([0, 1]), torch.tensor([3, 3]), steps=4, cfg=cfg, emag=case.emag(),
+                             emag_scale=scale, window=Window(1.0, 0.67, 0.33))
+    for step in range(4):
+        net.samples.clear()
+        predict(case.inputs(0)[0], 0.9 - 0.2 * step, step)
+        assert net.samples == passes[step]
+
+
+@pytest.mark.parametrize("uncond, cfg", [(False, 1.0), (False, 2.5), (True, 1.0)])
+@pytest.mark.parametrize("name", ["euler", "heun", "ddim"])
+def test_a_guided_trajectory_against_the_equations_written_out(name, uncond, cfg):
+    """Whole trajectories, sampler and guidance: the oracle shares only alpha_bar, noise and time grids with the code."""
+    model, steps, scale, window = small_dit(), 6, 2.0, (1.0, 0.8, 0.2)
+    prediction = "noise" if name == "ddim" else "velocity"
+    settings = dict(sampler=name, steps=steps, cfg=cfg, emag=scale, window=window, uncond=uncond)
+    x, _ = draw(model, dict(prediction=prediction), 3, 3, **settings)
+
+    class ByHand:
+        by_hand = staticmethod(lambda *args, **kw: dit_by_hand(model, *args, **kw))
+    slow = SlowEMAG(ByHand, (1, 2, 3), beta=0.9)
+    y = torch.full((3,), 3) if uncond else torch.tensor([0, 1, 2])
+
+    def predict(x, t, step, update=True):
+        times = torch.full((3,), 1000 * t - (prediction == "noise"))
+        left = steps - 1 - step
+        observed, perturbed = 1 <= left <= 5, 1 <= left <= 4              # round(0.2·5), round(0.8·5)
+        if observed and update:
+            pred = slow.clean(x, times, y)
+        else:
+            pred = dit_by_hand(model, x, times, y)[0]
+        if perturbed:
+            negative = slow.negative(x, times, y)
+            pred = negative + scale * (pred - negative)
+        if cfg == 1:
+            return pred
+        pred_null = dit_by_hand(model, x, times, torch.full((3,), 3))[0]
+        return pred_null + cfg * (pred - pred_null)
+
+    z = sampler.SampleNoise(3, range(3))(torch.empty(3, 3, 8, 8, dtype=F64))
+    if name == "ddim":
+        indices = [999, 799, 599, 400, 200, 0]
+        for step, i in enumerate(indices):
+            a = sampler.ALPHAS_BAR[i + 1]
+            a_next = sampler.ALPHAS_BAR[indices[step + 1] + 1] if step < 5 else torch.ones(())
+            eps = predict(z, (i + 1) / 1000, step)
+            z = a_next.sqrt() * (z - (1 - a).sqrt() * eps) / a.sqrt() + (1 - a_next).sqrt() * eps
+    else:
+        for step in range(steps):
+            t, t_next = 1 - step / steps, 1 - (step + 1) / steps
+            v = predict(z, t, step)
+            if name == "heun" and step < steps - 1:
+                v = (v + predict(z + (t_next - t) * v, t_next, step, update=False)) / 2
+            z = z + (t_next - t) * v
+    torch.testing.assert_close(x, z, rtol=1e-4, atol=1e-4)                # the sampler keeps E in float32
+
+
+def test_emag_one_is_cfg_bit_for_bit():
+    model = small_dit()
+    net = sampler.network(model, dict(prediction="velocity"))
+    y, null = torch.arange(3), torch.full((3,), 3)
+
+    def cfg_alone(x, t, step):
+        pred, pred_null = net(torch.cat([x, x]), t, torch.cat([y, null])).chunk(2)
+        return pred_null + 2.0 * (pred - pred_null)
+
+    x, emag = sampler.sample(model, dict(prediction="velocity"), [0, 1, 2], range(3), dict(
+        sampler="euler", steps=6, cfg=2.0, emag=1.0, layers=[1, 2, 3], beta=0.9, strength=1.0, variant="map", eta=0.0,
+        threshold=None, window=[1.0, 0.8, 0.2], seed=3, uncond=False))
+    start = sampler.SampleNoise(3, range(3))(torch.empty(3, 3, 8, 8, dtype=F64))
+    with torch.inference_mode():
+        assert torch.equal(x, sampler.euler(cfg_alone, start, 6))
+    assert emag.trace == []
+
+
+# -------------------------------------------------------------------------------------------------------- samplers
+
+
+MEAN, STD = 0.7, 0.4          # the data are one Gaussian, so every prediction is known in closed form
+
+
+def gaussian_velocity(x, t, step, update=True):
+    """E[ε − x₀ | x_t] for x_t = (1−t)·x₀ + t·ε."""
+    var = (1 - t) ** 2 * STD**2 + t**2
+    off = x - (1 - t) * MEAN
+    return t / var * off - (MEAN + (1 - t) * STD**2 / var * off)
+
+
+def gaussian_noise(x, t, step, update=True):
+    """E[ε | x_t] for x_t = √ᾱ·x₀ + √(1−ᾱ)·ε."""
+    a = sampler.ALPHAS_BAR[round(1000 * t)].item()
+    return math.sqrt(1 - a) / (a * STD**2 + 1 - a) * (x - math.sqrt(a) * MEAN)
+
+
+@pytest.mark.parametrize("run, counts, order", [
+    (lambda x, n: sampler.euler(gaussian_velocity, x, n), (64, 128, 256), 1),
+    (lambda x, n: sampler.heun(gaussian_velocity, x, n), (64, 128, 256), 2),
+    (lambda x, n: sampler.ddim(gaussian_noise, x, [1 - i / n for i in range(n + 1)]), (100, 200, 500), 1)])
+def test_samplers_converge_to_the_exact_solution_at_their_order(run, counts, order):
+    x = seeded(16)
+    if order == 1 and counts[0] == 100:
+        a = sampler.ALPHAS_BAR[-1].item()
+        exact = MEAN + STD * (x - math.sqrt(a) * MEAN) / math.sqrt(a * STD**2 + 1 - a)
+    else:
+        exact = MEAN + STD * x
+    errors = [(run(x, n) - exact).abs().max().item() for n in counts]
+    for (n, error), (m, finer) in zip(zip(counts, errors), zip(counts[1:], errors[1:])):
+        assert math.log(error / finer) / math.log(m / n) == pytest.approx(order, abs=0.15)
+    assert errors[-1] < 0.01
+
+
+def test_time_grids():
+    assert sampler.flow_times(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert sampler.ddpm_times(4) == [1.0, 0.667, 0.334, 0.001, 0.0]
+    assert sampler.ddpm_times(1) == [1.0, 0.0]
+    assert sampler.alpha_bar(0.0) == 1.0 and sampler.alpha_bar(1.0) == pytest.approx(4.036e-5, rel=1e-3)
+
+
+def test_given_times_are_the_same_as_their_number():
+    x = seeded(4)
+    assert torch.equal(sampler.euler(gaussian_velocity, x, [1.0, 0.75, 0.5, 0.25, 0.0]),
+                       sampler.euler(gaussian_velocity, x, 4))
+
+
+def curved(x, t):
+    return torch.sin(3 * x) * (0.5 + t) + 0.1 * x
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_ddim_is_the_scheduler_of_diffusers(eta):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
+    scheduler.set_timesteps(50)
+    x = start = seeded(2, 3, 4, 4)
+    for i in scheduler.timesteps.tolist():
+        x = scheduler.step(curved(x, (i + 1) / 1000), i, x, eta=eta, variance_noise=seeded(2, 3, 4, 4, seed=i)).prev_sample
+    times = [(i + 1) / 1000 for i in scheduler.timesteps.tolist()]
+    draws = iter(times)
+    ours = sampler.ddim(lambda x, t, step: curved(x, t), start, times + [0.0], eta=eta,
+                        noise=lambda x: seeded(2, 3, 4, 4, seed=round(1000 * next(draws)) - 1))
+    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)              # that library's ᾱ is float32
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_euler_is_the_scheduler_of_diffusers(shift):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(28)
+    x = start = seeded(2, 3, 4, 4, dtype=torch.float32)
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist()):
+        x = scheduler.step(curved(x, sigma), t, x, return_dict=False)[0]
+    ours = sampler.euler(lambda x, t, step: curved(x, t), start, scheduler.sigmas.tolist())
+    torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_depends_on_seed_and_index_alone():
+    like = torch.empty(4, 3, 2, 2, dtype=F64)
+    eight = sampler.SampleNoise(5, range(4))
+    first, second = eight(like), eight(like)
+    alone = sampler.SampleNoise(5, [2])
+    assert torch.equal(alone(like[:1])[0], first[2]) and torch.equal(alone(like[:1])[0], second[2])
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first, second)
+    assert not torch.equal(sampler.SampleNoise(6, range(4))(like), first)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def run_cli(capsys, *argv) -> tuple[int, str, str]:
+    code = sampler.main([str(arg) for arg in argv])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+QUICK = ("--steps", 3, "--classes", "smiley,flag", "--num", 4)
+
+
+def test_the_grid_and_its_settings(tmp_path, capsys):
+    pictures = {}
+    for scale in (2.0, 2.0, 1.0, 0.0):
+        path = tmp_path / "grid.png"
+        code, out, err = run_cli(capsys, *QUICK, "--emag", scale, "--out", path)
+        assert (code, err) == (0, "") and out.startswith(f"{path}: 4 images, euler 3 steps")
+        image = Image.open(path)
+        settings = json.loads(image.text["settings"])
+        assert settings["emag"] == scale and settings["steps"] == 3 and settings["classes"] == ["smiley", "flag"]
+        assert settings["checkpoint"] == "emoji-flow.pt" and settings["seed"] == 0 and settings["num"] == 4
+        pixels = np.asarray(image)
+        assert image.height == 2 * 100 + 4 and image.width > 2 * 100
+        assert scale not in pictures or np.array_equal(pictures[scale], pixels)        # the same again
+        pictures[scale] = pixels
+    assert not np.array_equal(pictures[2.0], pictures[1.0]) and not np.array_equal(pictures[0.0], pictures[1.0])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_every_flag_reaches_the_run(tmp_path, capsys):
+    path = tmp_path / "grid.png"
+    code, _, err = run_cli(capsys, *QUICK, "--out", path, "--sampler", "heun", "--cfg", 3, "--layers", "2-4,6",
+                           "--beta", 0.5, "--strength", 0.5, "--threshold", 0.7, "--window", 0.9, 0.7, 0.1, "--seed", 9,
+                           "--batch", 3, "--device", "cpu", "--dtype", "float32", "--variant", "map", "--emag", 1.5)
+    assert (code, err) == (0, "")
+    settings = json.loads(Image.open(path).text["settings"])
+    assert settings == settings | dict(sampler="heun", cfg=3.0, layers=[2, 3, 4, 6], beta=0.5, strength=0.5, threshold=0.7,
+                                       window=[0.9, 0.7, 0.1], seed=9, dtype="float32", emag=1.5, uncond=False)
+
+
+def test_unconditional_ignores_the_classes(tmp_path, capsys):
+    pixels = []
+    for classes in ("smiley", "flag"):
+        code, _, _ = run_cli(capsys, "--uncond", "--steps", 3, "--num", 2, "--classes", classes, "--out",
+                             tmp_path / "grid.png")
+        assert code == 0
+        pixels.append(np.asarray(Image.open(tmp_path / "grid.png"))[:, -200:])          # right of the label
+    assert np.array_equal(*pixels)
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def write_bad_checkpoints(folder: Path):
+    whole = DEMO.read_bytes()
+    (folder / "truncated.pt").write_bytes(whole[:len(whole) // 2])
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "text.pt").write_text("no checkpoint")
+    torch.save({"weight": torch.zeros(2)}, folder / "foreign.pt")
+    torch.save([1, 2], folder / "list.pt")
+    torch.save({"model": RunsCode(folder / "ran"), "config": {}, "meta": {}}, folder / "code.pt")
+    torch.save({"model": RunsCode(folder / "ran")}, folder / "old-code.pt", _use_new_zipfile_serialization=False)
+    content = torch.load(DEMO, weights_only=True)
+    torch.save(content | {"config": content["config"] | {"hidden_size": 96}}, folder / "misfit.pt")
+
+
+BAD_INPUT = [
+    (["--ckpt", "missing.pt"], "no such checkpoint"), (["--ckpt", "truncated.pt"], "truncated"),
+    (["--ckpt", "empty.pt"], "truncated"), (["--ckpt", "text.pt"], "refused unread"),
+    (["--ckpt", "foreign.pt"], "not a checkpoint of this project"), (["--ckpt", "list.pt"], "not a checkpoint"),
+    (["--ckpt", "code.pt"], "refused unread"), (["--ckpt", "old-code.pt"], "refused unread"),
+    (["--ckpt", "misfit.pt"], "do not fit"), (["--ckpt", "."], "no such checkpoint"),
+    (["--classes", "9"], "need all, or of 0…8"), (["--classes", "smiley,emu"], "or activity, animal"),
+    (["--classes", ""], "need all"), (["--layers", "12"], "of 0…11"), (["--layers", "4-x"], "need block numbers"),
+    (["--layers", "7-4"], "need block numbers"), (["--beta", "1.5"], "0 ≤ beta ≤ 1"), (["--beta", "nan"], "0 ≤ beta ≤ 1"),
+    (["--strength", "-0.1"], "0 ≤ strength ≤ 1"), (["--window", "0.2", "0.8", "1"], "need 1 ≥ start ≥ apply ≥ stop ≥ 0"),
+    (["--steps", "0"], "at least 1"), (["--steps", "2.5"], "invalid int"), (["--steps", "1001"], "at most 1000"),
+    (["--num", "0"], "at least 1"), (["--batch", "0"], "at least 1"), (["--seed", "-1"], "at least 0"),
+    (["--emag", "inf"], "finite"), (["--emag", "much"], "invalid float"), (["--sampler", "ddim"], "needs euler or heun"),
+    (["--sampler", "magic"], "invalid choice"), (["--magic"], "unrecognized"), (["--device", "abacus"], "--device abacus"),
+    (["--eta", "2"], "0 ≤ eta ≤ 1"),
+    (["--out", "nowhere/grid.png"], "a folder that exists"), (["--out", "folder.png"], "a folder that exists"),
+    (["--out", "grid.bmp"], "ends in .png"), (["--out", "/proc/grid.png"], "cannot be written"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "folder.png").mkdir()
+    write_bad_checkpoints(folder)
+    return folder
+
+
+@pytest.mark.parametrize("argv, message", BAD_INPUT, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_bad_input_is_one_line_and_leaves_nothing(argv, message, bad_folder, monkeypatch, capsys):
+    monkeypatch.chdir(bad_folder)
+    before = sorted(bad_folder.rglob("*"))
+    code, out, err = run_cli(capsys, *argv)
+    assert code == 2 and out == ""
+    assert err.startswith("sampler.py: ") and err.count("\n") == 1 and message in err
+    assert sorted(bad_folder.rglob("*")) == before                          # nor did a pickle run and touch `ran`
+
+
+def test_the_exit_code_reaches_the_shell(tmp_path):
+    done = subprocess.run([sys.executable, HERE / "sampler.py", "--steps", "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_is_silent_where_stderr_is_no_terminal(tmp_path, capsys, monkeypatch):
+    _, _, quiet = run_cli(capsys, *QUICK, "--out", tmp_path / "grid.png")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    _, _, shown = run_cli(capsys, *QUICK, "--out", tmp_path / "grid.png")
+    assert quiet == "" and "step 3 of 3" in shown and "\n" not in shown
+
+
+def test_the_demo_checkpoint_says_what_it_is():
+    model, meta = load_dit(DEMO)
+    assert DEMO.stat().st_size < 17e6 and meta["prediction"] == "velocity" and len(meta["class_names"]) == 9
+    assert {"sampler", "steps", "cfg", "emag", "layers", "window"} <= meta["settings"].keys()
+    assert not model.training and model.null_class == 9
+
+
+# ---------------------------------------------------------------------------------------------------------- the house
+
+
+def test_emag_imports_torch_alone():
+    modules = re.findall(r"^(?:from|import) (\w+)", (HERE / "emag.py").read_text(), re.MULTILINE)
+    assert set(modules) <= {"torch", "dataclasses", "collections", "contextlib", "functools"}
+
+
+def test_the_table_of_the_readme_points_at_the_equations():
+    """Each row: an equation, a function, and the line where that function starts; each equation stands in its docstring."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8").replace("\\|", "|")
+    row = r"^\| `(.+?)` \| `(\w[\w.]*)` \| \[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) \|"
+    rows = re.findall(row, readme, re.MULTILINE)
+    assert len(rows) >= 8
+    for equation, name, file, line, linked_file, linked_line in rows:
+        lines = (HERE / file).read_text().splitlines()
+        assert (file, line) == (linked_file, linked_line)
+        assert re.match(rf"\s*(def|class) {name.split('.')[-1]}\b", lines[int(line) - 1]), f"{name} is not at {file}:{line}"
+        body = "\n".join(lines[int(line) - 1:int(line) + 12])
+        assert equation in body, f"{equation} is not beside {name}"
+
+
+def test_sizes_of_the_paper():
+    assert DIT_SIZES == {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+    with torch.device("meta"):
+        model = DiT()
+    learned = sum(p.numel() for name, p in model.named_parameters() if name != "pos_embed")
+    assert learned == pytest.approx(675e6, rel=2e-3)                         # "675M", Peebles & Xie, table 1
