@@ -245,7 +245,7 @@ class EMAG:
         self._forget_step()
 
     def _forget_step(self):
-        self._ran: set[int] = set()                       # candidates that the clean pass has reached
+        self._ran: set[int] = set()                       # candidates reached by the pass that is on, or the last one
         self._batch: int | None = None                    # samples observed
         self._deviation: dict[int, Tensor] = {}           # candidate → Δ (B,)
         self._clean: dict[int, _AttentionCall] = {}       # candidate → the call behind A_t, where Ã needs A_t
@@ -311,6 +311,12 @@ class EMAG:
     def _observe_attention(self, index: int, rows, update: bool, call: _AttentionCall) -> Tensor:
         if index in self._ran:
             raise RuntimeError(f"candidate block {index} ran twice inside one observe(): observe one pass at a time")
+        if call.is_causal:
+            raise RuntimeError(f"candidate block {index} attends causally: EMAG averages maps in which every token sees "
+                               "every other, as diffusion transformers have them")
+        if call.query.ndim != 4:
+            raise RuntimeError(f"candidate block {index} attends with queries of shape {tuple(call.query.shape)}: "
+                               "need (batch, heads, tokens, channels)")
         clean = call.take(rows)
         self._ran.add(index)
         self._batch = len(clean.query)
@@ -371,7 +377,11 @@ class EMAG:
                     stack.enter_context(_replaced_forward(block, partial(self._repeat_block, index)))
                 elif index in chosen:
                     stack.enter_context(_replaced_forward(block, partial(self._perturb_block, index, chosen[index])))
+            self._ran.clear()
             yield self
+        if self._ran != chosen.keys():
+            raise RuntimeError(f"block {min(chosen.keys() - self._ran)} was selected and did not run inside perturb(): "
+                               "run the model there once")
 
     def _repeat_block(self, index: int, forward: Callable, *args, **kwargs):
         self._check_batch(len(next(_tensors((args, kwargs)))))
@@ -383,6 +393,7 @@ class EMAG:
     def _perturb_attention(self, index: int, samples: Tensor, call: _AttentionCall) -> Tensor:
         """The attention of block `index` with Ã for the image queries of the chosen samples (bool (B,))."""
         self._check_batch(len(call.query))
+        self._ran.add(index)
         rows = slice(None) if samples.all() else samples.nonzero()[:, 0].to(call.query.device)
         if self.variant == "query":
             query = call.query.clone()
@@ -429,3 +440,73 @@ class EMAG:
         if batch != self._batch:
             raise RuntimeError(f"the negative pass got {batch} samples, {self._batch} were observed: "
                                "call the model on the observed rows alone")
+
+
+# ------------------------------------------------------------------------------------------- for pipelines with CFG
+
+
+@contextmanager
+def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], *, scale: float = 1.5, steps: int = 28,
+          cond: str = "last", channels: slice | None = None, window: Window = Window(), **emag_options) -> Iterator[EMAG]:
+    """EMAG inside a pipeline that doubles the batch for CFG; the pipeline and the model stay as they are.
+
+        with guide(pipe.transformer, pipe.transformer.transformer_blocks, range(6, 9), scale=1.5, steps=28):
+            image = pipe(prompt, num_inference_steps=28, guidance_scale=7.0)
+
+    Each call of `model` is one step: its prediction for the conditional half comes back as ε̃', so that the pipeline's
+    own CFG formula completes the method. scale: w_e; 1 is off.  steps: calls a trajectory; every `steps` calls a new one
+    starts.  cond: the half of the batch that is conditional, "first" or "last", or "all" of a batch that is not doubled.
+    channels: the output channels that are the prediction, where others are a variance.  emag_options: as for EMAG.
+
+    Raises ValueError where an argument is out of range, RuntimeError where the calls do not fill whole trajectories.
+    """
+    if cond not in ("first", "last", "all"):
+        raise ValueError(f"cond is {cond!r}: need 'first', 'last' or 'all'")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}: need at least 1")
+    emag, calls = EMAG(blocks, layers, **emag_options), 0
+
+    def forward(original: Callable, *args, **kwargs):
+        nonlocal calls
+        step = calls % steps
+        calls += 1
+        if step == 0:
+            emag.reset()
+        if not window.observes(step, steps):
+            return original(*args, **kwargs)
+        batch = len(next(_tensors((args, kwargs))))
+        if cond != "all" and batch % 2:
+            raise RuntimeError(f"the batch has {batch} samples, which has no conditional half: is the pipeline's CFG on?")
+        rows = {"first": slice(batch // 2), "last": slice(batch // 2, None), "all": slice(None)}[cond]
+        with emag.observe(rows):
+            out = original(*args, **kwargs)
+        if not window.perturbs(step, steps):
+            return out
+        args, kwargs = _map_tensors(lambda x: x[rows] if x.ndim and len(x) == batch else x, (args, kwargs))
+        with emag.perturb():
+            negative = _prediction(original(*args, **kwargs))
+        guided, part = _prediction(out).clone(), (rows, slice(None) if channels is None else channels)
+        guided[part] = emag_update(guided[part], negative[:, part[1]], scale)
+        return _with_prediction(out, guided)
+
+    with ExitStack() as stack:
+        if scale != 1:
+            stack.enter_context(_replaced_forward(model, forward))
+        yield emag
+    if scale != 1 and (calls == 0 or calls % steps):
+        raise RuntimeError(f"the model was called {calls} times inside guide(), which is no multiple of steps={steps}: "
+                           "give the number of calls that the pipeline makes for one batch of images")
+
+
+def _prediction(out) -> Tensor:
+    """What a model returned, less its wrapping: a tensor, a tuple, or an output class whose first field it is."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _with_prediction(out, pred: Tensor):
+    """`out` in its own wrapping, with another prediction."""
+    if isinstance(out, Tensor):
+        return pred
+    if dataclasses.is_dataclass(out):
+        return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: pred})
+    return type(out)((pred, *out[1:]))

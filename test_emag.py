@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import sampler
 from dit import DIT_SIZES, DiT, load_dit
-from emag import (EMAG, Window, blend, cfg_update, deviation, ema_update, emag_update, select_layers, zscore)
+from emag import (EMAG, Window, blend, cfg_update, deviation, ema_update, emag_update, guide, select_layers, zscore)
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE / "demo" / "emoji-flow.pt"
@@ -827,6 +827,632 @@ def test_noise_depends_on_seed_and_index_alone():
     assert torch.equal(alone(like[:1])[0], first[2]) and torch.equal(alone(like[:1])[0], second[2])
     assert not torch.equal(first[0], first[1]) and not torch.equal(first, second)
     assert not torch.equal(sampler.SampleNoise(6, range(4))(like), first)
+
+
+# ---------------------------------------------------------------------------------- attention calls as they are
+
+
+class EyeBlock(nn.Module):
+    """Attention with the identity as its values, so that what it gives is the map itself: (B, heads, N, N)."""
+
+    def __init__(self, call, heads: int = 4):
+        super().__init__()
+        self.call, self.heads = call, heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = x.unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.call(q, k, torch.eye(x.shape[1], dtype=x.dtype).expand(*q.shape[:2], -1, -1))
+
+
+SDPA = F.scaled_dot_product_attention
+BOOL_MASK = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(1)) < 0.7
+BOOL_MASK |= torch.eye(6, dtype=torch.bool)
+FLOAT_MASK = seeded(4, 6, 6, seed=2)
+CALLS = {
+    "positional": (lambda q, k, v: SDPA(q, k, v), {}),
+    "keywords": (lambda q, k, v: SDPA(value=v, key=k, query=q, dropout_p=0.0), {}),
+    "boolean mask": (lambda q, k, v: SDPA(q, k, v, BOOL_MASK[:len(q)]), dict(mask=BOOL_MASK.double().log())),
+    "additive mask": (lambda q, k, v: SDPA(q, k, v, attn_mask=FLOAT_MASK), dict(mask=FLOAT_MASK)),
+    "scale": (lambda q, k, v: SDPA(q, k, v, scale=0.3), dict(scale=0.3)),
+    "grouped heads": (lambda q, k, v: SDPA(q, k[:, ::2], v[:, ::2], enable_gqa=True), dict(group=2)),
+}
+
+
+def eye_inputs(step: int, batch: int = 3, heads: int = 4) -> Tensor:
+    return torch.stack([2 * seeded(6, 2 * heads * 5, seed=100 * b + step) for b in range(batch)])
+
+
+def map_by_hand(x: Tensor, heads: int = 4, scale: float = 5**-0.5, mask=torch.zeros(1, dtype=F64), group: int = 1) -> Tensor:
+    q, k = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in x.chunk(2, dim=-1))
+    k = torch.stack([k[:, head - head % group] for head in range(heads)], dim=1)
+    logits = scale * torch.einsum("bhqd,bhkd->bhqk", q, k) + mask[:len(x)] if mask.ndim == 4 else (
+        scale * torch.einsum("bhqd,bhkd->bhqk", q, k) + mask)
+    return logits.exp() / logits.exp().sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_in_the_wild_make_the_map_of_the_equation(name, strength):
+    call, expected = CALLS[name]
+    block = EyeBlock(call)
+    emag, ema = EMAG([block], [0], beta=0.7, strength=strength, ema_dtype=F64), None
+    for step in range(3):
+        x, attn = eye_inputs(step), map_by_hand(eye_inputs(step), **expected)
+        ema = attn if ema is None else 0.7 * ema + 0.3 * attn
+        with emag.observe():
+            torch.testing.assert_close(block(x), attn)
+        with emag.perturb():
+            torch.testing.assert_close(block(x), (1 - strength) * attn + strength * ema)
+
+
+def test_masks_follow_the_observed_rows():
+    call, expected = CALLS["boolean mask"]
+    block, whole = EyeBlock(call), eye_inputs(0)
+    emag = EMAG([block], [0], ema_dtype=F64)
+    with emag.observe(slice(0, 2)):
+        block(whole)
+    with emag.perturb():
+        torch.testing.assert_close(block(whole[:2]), map_by_hand(whole, **expected)[:2])
+
+
+class TwoCalls(EyeBlock):
+    """A self-attention, and a second one that is none of EMAG's business."""
+
+    def forward(self, x):
+        return super().forward(x), super().forward(x.flip(1))
+
+
+def test_the_first_self_attention_of_a_block_is_meant():
+    block = TwoCalls(SDPA)
+    emag = EMAG([block], [0], ema_dtype=F64)
+    for step in range(2):
+        with emag.observe():
+            clean = block(eye_inputs(step))
+    with emag.perturb():
+        negative = block(eye_inputs(1))
+    assert (negative[0] - clean[0]).abs().max() > 1e-2 and torch.equal(negative[1], clean[1])
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda q, k, v: SDPA(q, k, v, is_causal=True), "attends causally"),
+    (lambda q, k, v: SDPA(q[:, 0], k[:, 0], v[:, 0]), r"need \(batch, heads, tokens, channels\)")])
+def test_calls_that_cannot_work_say_so(call, message):
+    block = EyeBlock(call)
+    with pytest.raises(RuntimeError, match=message), EMAG([block], [0]).observe():
+        block(eye_inputs(0))
+
+
+class JointOracle:
+    """A_t and its averages for EyeBlock, by the definitions of METHOD section 2: tokens `image` are image tokens."""
+
+    def __init__(self, variant: str, image: list[int], beta: float, strength: float):
+        self.variant, self.image, self.beta, self.strength, self.ema = variant, image, beta, strength, None
+
+    def step(self, x: Tensor) -> Tensor:
+        """What the negative's map must be, (B, heads, N, N)."""
+        attn, rows = map_by_hand(x), torch.tensor(self.image)
+        columns = torch.arange(attn.shape[-1]) if self.variant == "map" else rows
+        queries = x.chunk(2, dim=-1)[0]
+        seen = queries[:, rows] if self.variant == "query" else attn[:, :, rows][..., columns]
+        self.ema = seen if self.ema is None else self.beta * self.ema + (1 - self.beta) * seen
+        self.deviation = (self.ema - seen).abs().flatten(1).mean(1)
+        blended = (1 - self.strength) * seen + self.strength * self.ema
+        out = attn.clone()
+        if self.variant == "query":
+            queries = queries.clone()
+            queries[:, rows] = blended
+            return map_by_hand(torch.cat([queries, x.chunk(2, dim=-1)[1]], dim=-1))
+        for i, row in enumerate(self.image):
+            out[:, :, row, columns] = blended[:, :, i]
+            out[:, :, row] /= out[:, :, row].sum(-1, keepdim=True)
+        return out
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("image", [slice(0, 4), slice(2, None), None])
+@pytest.mark.parametrize("variant", ["map", "image", "query"])
+def test_variants_with_joint_attention(variant, image, strength):
+    block = EyeBlock(SDPA)
+    tokens = list(range(6))[image or slice(None)]
+    oracle = JointOracle(variant, tokens, beta=0.7, strength=strength)
+    emag = EMAG([block], [0], variant=variant, image_tokens=image, beta=0.7, strength=strength, ema_dtype=F64)
+    for step in range(3):
+        x = eye_inputs(step)
+        with emag.observe():
+            clean = block(x)
+        with emag.perturb():
+            negative = block(x)
+        torch.testing.assert_close(negative, oracle.step(x))
+        torch.testing.assert_close(emag.deviation[:, 0], oracle.deviation)
+    text = [token for token in range(6) if token not in tokens]
+    assert torch.equal(negative[:, :, text], clean[:, :, text])                       # text queries are as they were
+    torch.testing.assert_close(negative.sum(-1), torch.ones(3, 4, 6, dtype=F64))      # and all rows still sum to one
+    if variant == "image" and text:
+        share = negative[:, :, tokens][..., text] / clean[:, :, tokens][..., text]    # image → text keeps its proportions
+        torch.testing.assert_close(share, share[..., :1].expand_as(share))
+    assert (negative - clean).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("variant", ["map", "image", "query"])
+def test_variants_reuse_and_selection(variant):
+    """On a whole model, with samples that disagree about the block: reuse changes nothing."""
+    case = Case("dit")
+    options = dict(variant=variant, beta=0.8, strength=0.8, threshold=0.9)
+    with_reuse, without = case.emag(**options), case.emag(reuse=False, **options)
+    for one, two in zip(trajectory(case, with_reuse, steps=6), trajectory(case, without, steps=6)):
+        torch.testing.assert_close(one, two)
+    assert any(len(set(map(tuple, entry.selected.tolist()))) > 1 for entry in with_reuse.trace)
+
+
+class CountFused(torch.overrides.TorchFunctionMode):
+    """Counts the attention calls that reach the real function."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += func is SDPA
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["map", "query"])
+def test_fused_kernels_stay_in_use(variant):
+    case = Case("dit", batch=1)
+    emag = case.emag(variant=variant)
+    trajectory(case, emag, steps=3)
+    with CountFused() as clean, emag.observe():
+        case.model(*case.inputs(3))
+    first = 1 + emag.selected[0].nonzero().item()
+    with CountFused() as negative, emag.perturb():
+        case.model(*case.inputs(3))
+    assert clean.calls == 5                                              # the clean pass is the model's own
+    assert negative.calls == 5 - first - (variant == "map")              # and only Ã·V is not, nor what is reused
+
+
+def test_emag_q_takes_no_memory_that_grows_with_the_square_of_the_tokens():
+    def extra(grid: int, variant: str) -> int:
+        model = DiT(input_size=grid, patch_size=1, in_channels=1, hidden_size=32, depth=3, num_heads=2, num_classes=1,
+                    learn_sigma=False).eval().requires_grad_(False)
+        inputs = torch.zeros(1, 1, grid, grid), torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        with allocations() as plain:
+            model(*inputs)
+        emag = EMAG(model.blocks, [1], variant=variant)
+        with allocations() as guided:
+            for _ in range(2):
+                with emag.observe():
+                    model(*inputs)
+                with emag.perturb():
+                    model(*inputs)
+        return guided[0] - plain[0]
+
+    assert extra(64, "query") < 5 * extra(32, "query")                   # 1,024 → 4,096 tokens: linear is 4 times
+    assert extra(64, "map") > 10 * extra(32, "map")                      # and a map 16 times
+    assert extra(64, "query") < extra(64, "map") / 20
+
+
+def test_half_precision_models_keep_a_float32_average():
+    exact, half = Case("dit"), Case("dit")
+    half.model.bfloat16()
+    reference = trajectory(exact, exact.emag())
+    emag, guided = EMAG(half.blocks, [1, 2, 3]), []
+    for step in range(4):
+        inputs = [part.bfloat16() if part.is_floating_point() else part for part in half.inputs(step)]
+        with emag.observe():
+            half.model(*inputs)
+        with emag.perturb():
+            guided.append(half.model(*inputs))
+    assert guided[0].dtype == torch.bfloat16
+    assert all(chunk.dtype == torch.float32 for chunks in emag._ema.values() for chunk in chunks)
+    for entry, other in zip(emag.trace[1:], exact_trace(exact)[1:]):
+        torch.testing.assert_close(entry.deviation, other.deviation, rtol=0.1, atol=0)
+    for one, two in zip(guided, reference):
+        assert (one.double() - two).norm() < 0.1 * two.norm()
+
+
+def exact_trace(case: Case) -> list:
+    emag = case.emag()
+    trajectory(case, emag)
+    return emag.trace
+
+
+def test_under_autocast_and_inference_mode():
+    exact, low = Case("dit"), Case("dit")
+    low.model.float()
+    reference, emag, negatives = trajectory(exact, exact.emag()), EMAG(low.blocks, [1, 2, 3]), []
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        for step in range(4):
+            inputs = [part.float() if part.is_floating_point() else part for part in low.inputs(step)]
+            with emag.observe():
+                low.model(*inputs)
+            with emag.perturb():
+                negatives.append(low.model(*inputs))
+    assert all(chunk.dtype == torch.float32 for chunks in emag._ema.values() for chunk in chunks)
+    for one, two in zip(negatives, reference):
+        assert (one.double() - two).norm() < 0.1 * two.norm()
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model: DiT, reentrant: bool):
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+        for block in model.blocks:
+            run = block.__call__
+            block.checkpointed = lambda *args, run=run: torch.utils.checkpoint.checkpoint(
+                run, *args, use_reentrant=reentrant)
+
+    def forward(self, x, t, y):
+        h, c = self.model.x_embedder(x) + self.model.pos_embed, self.model.t_embedder(t) + self.model.y_embedder(y)
+        for block in self.model.blocks:
+            h = block.checkpointed(h, c)
+        return self.model.final_layer(h, c)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_in_eval_mode_changes_nothing(reentrant, grad):
+    import torch.utils.checkpoint
+    case = Case("dit")
+    model, negatives = Checkpointed(case.model, reentrant), {}
+    plain = lambda x, t, y: case.model.final_layer(*body(x, t, y))                                  # noqa: E731
+
+    def body(x, t, y):
+        h, c = case.model.x_embedder(x) + case.model.pos_embed, case.model.t_embedder(t) + case.model.y_embedder(y)
+        for block in case.model.blocks:
+            h = block(h, c)
+        return h, c
+
+    case.model.requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        for name, run in (("plain", plain), ("checkpointed", model)):
+            emag, negatives[name] = case.emag(), []
+            for step in range(3):
+                with emag.observe():
+                    run(*case.inputs(step))
+                with emag.perturb():
+                    negatives[name].append(run(*case.inputs(step)).detach())
+    assert not any(chunk.requires_grad for chunks in emag._ema.values() for chunk in chunks)
+    for one, two in zip(*negatives.values()):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("what", ["model", "blocks"])
+def test_under_torch_compile_the_numbers_are_the_same(what):
+    case, plain = Case("dit"), Case("dit")
+    reference, emag = trajectory(plain, plain.emag(), steps=12), case.emag()
+    torch._dynamo.reset()
+    if what == "model":
+        case.model = torch.compile(case.model, backend="aot_eager")
+    else:
+        for block in case.blocks:
+            block.compile(backend="aot_eager")
+    case.model(*case.inputs(0))                                  # compiled before the hooks come
+    for one, two in zip(trajectory(case, emag, steps=12), reference):
+        torch.testing.assert_close(one, two)
+    torch._dynamo.reset()
+
+
+# ------------------------------------------------------------------------------------------------ guide, in pipelines
+
+
+def halves(case: Case, step: int) -> list[Tensor]:
+    return [torch.cat([part, part]) for part in case.inputs(step)]
+
+
+@pytest.mark.parametrize("cond", ["first", "last", "all"])
+def test_guide_replaces_the_conditional_half(case, cond):
+    rows = {"first": slice(0, 3), "last": slice(3, 6), "all": slice(None)}[cond]
+    emag = case.emag(beta=0.8)
+    plain, expected = [], []
+    for step in range(5):
+        with emag.observe(rows):
+            plain.append(case.model(*halves(case, step)))
+        expected.append(plain[-1].clone())
+        if 1 <= 4 - step <= 3:                                           # round(0.2·4), round(0.8·4)
+            with emag.perturb():
+                negative = case.model(*[part[rows] for part in halves(case, step)])
+            expected[-1][rows] = negative + 2.5 * (expected[-1][rows] - negative)
+    with guide(case.model, case.blocks, (1, 2, 3), scale=2.5, steps=5, cond=cond, beta=0.8, ema_dtype=F64) as used:
+        for repeat in range(2):                                          # a second image starts a new trajectory
+            for step in range(5):
+                out = case.model(*halves(case, step))
+                torch.testing.assert_close(out, expected[step])
+                assert (step in (0, 4)) == torch.equal(out, plain[step])     # step 0's E is A; step 4 is outside
+            assert len(used.trace) == 4
+
+
+def test_guide_leaves_other_channels_alone():
+    case, plain = Case("dit"), Case("dit")
+    with guide(case.model, case.blocks, (1, 2, 3), scale=2.5, steps=4, cond="last", channels=slice(0, 2)):
+        for step in range(4):
+            out, clean = case.model(*halves(case, step)), plain.model(*halves(case, step))
+            assert torch.equal(out[:, 2:], clean[:, 2:]) and torch.equal(out[:3], clean[:3])
+            assert (step in (1, 2)) != torch.equal(out[3:, :2], clean[3:, :2])
+
+
+def test_guide_off_and_out_leaves_the_model_as_it_was(case):
+    before, plain = forwards(case.model), case.model(*halves(case, 0))
+    with guide(case.model, case.blocks, (1, 2), scale=1.0, steps=3) as emag:
+        assert torch.equal(case.model(*halves(case, 0)), plain)
+    assert emag.trace == []
+    with pytest.raises(ZeroDivisionError), guide(case.model, case.blocks, (1, 2), steps=3):
+        case.model(*halves(case, 0))
+        1 / 0
+    other = Case(case.name, seed=1)                             # nested: two models, and then one model twice
+    with guide(case.model, case.blocks, (1, 2), steps=2), guide(other.model, other.blocks, (1, 2), steps=2):
+        for step in range(2):
+            case.model(*halves(case, step)), other.model(*halves(case, step))
+    with pytest.raises(RuntimeError, match="ran twice"), guide(case.model, case.blocks, (1, 2), steps=2):
+        with guide(case.model, case.blocks, (1, 2), steps=2):
+            case.model(*halves(case, 0))
+    assert forwards(case.model) == before and torch.equal(case.model(*halves(case, 0)), plain)
+
+
+def test_guide_counts_calls_and_refuses_a_count_that_does_not_fit(case):
+    for calls in (0, 2, 4):
+        with pytest.raises(RuntimeError, match=f"called {calls} times inside guide"):
+            with guide(case.model, case.blocks, (1, 2), steps=3):
+                for step in range(calls):
+                    case.model(*halves(case, step))
+    with pytest.raises(RuntimeError, match="no conditional half"), guide(case.model, case.blocks, (1, 2), steps=3):
+        case.model(*case.inputs(0))
+    for options, message in ((dict(cond="middle"), "need 'first'"), (dict(steps=0), "at least 1"), (dict(beta=2), "beta")):
+        with pytest.raises(ValueError, match=message), guide(case.model, case.blocks, (1, 2), **options):
+            pass
+
+
+def tiny_vae(diffusers, levels: int = 2):
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8,) * levels, norm_num_groups=4, latent_channels=4, shift_factor=0.0,
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels).eval()
+
+
+def tiny_sd3(blocks: int = 4):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=blocks, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10, out_channels=4, pos_embed_max_size=16)
+    pipe = diffusers.StableDiffusion3Pipeline(randomised(transformer, std=0.3), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+                                              tiny_vae(diffusers).double(), *[None] * 6)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PROMPT = dict(prompt_embeds=seeded(2, 5, 12, seed=1), negative_prompt_embeds=seeded(2, 5, 12, seed=2),
+              pooled_prompt_embeds=seeded(2, 10, seed=3), negative_pooled_prompt_embeds=seeded(2, 10, seed=4))
+
+
+class SlowJointProcessor:
+    """SD3's joint attention written out, with EMAG's map in it: an attention processor as diffusers takes them.
+
+    `state` is shared by all blocks: mode "clean" records what the EMA is of, for the last two samples of the batch;
+    mode "negative" puts the blend in, for the samples that chose this block.
+    """
+
+    def __init__(self, index: int, state: dict):
+        self.index, self.state = index, state
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **kwargs):
+        split = lambda x: x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)                        # noqa: E731
+        image = hidden_states.shape[1]
+        q, k, v = (torch.cat([split(f(hidden_states)), split(g(encoder_hidden_states))], dim=2)
+                   for f, g in ((attn.to_q, attn.add_q_proj), (attn.to_k, attn.add_k_proj), (attn.to_v, attn.add_v_proj)))
+        state, variant, maps = self.state, self.state["variant"], softmax_map(q, k)
+        seen = {"query": q[:, :, :image], "map": maps[:, :, :image], "image": maps[:, :, :image, :image]}[variant]
+        if state["mode"] == "clean":
+            state["seen"][self.index] = seen[2:]
+        else:
+            for b in range(len(q)):
+                if state["chosen"][b] != self.index:
+                    continue
+                ema = state["ema"][self.index][b]
+                if variant == "query":
+                    maps[b] = softmax_map(torch.cat([ema, q[b, :, image:]], dim=1)[None], k[b:b + 1])[0]
+                elif variant == "map":
+                    maps[b, :, :image] = ema
+                else:
+                    maps[b, :, :image, :image] = ema
+                    maps[b] /= maps[b].sum(-1, keepdim=True)
+        out = (maps @ v).transpose(1, 2).flatten(2)
+        text = out[:, image:]
+        return attn.to_out[0](out[:, :image]), text if attn.context_pre_only else attn.to_add_out(text)
+
+
+def sd3_by_hand(pipe, variant: str, scale: float, cfg: float, steps: int, beta: float, layers) -> Tensor:
+    """Scheduler, transformer and the equations in one loop: the latents that EMAG in the pipeline must give."""
+    scheduler, state = pipe.scheduler, dict(variant=variant, seen={}, ema={}, chosen=None)
+    for index in layers:
+        pipe.transformer.transformer_blocks[index].attn.set_processor(SlowJointProcessor(index, state))
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=F64)
+    embeds = torch.cat([PROMPT["negative_prompt_embeds"], PROMPT["prompt_embeds"]])
+    pooled = torch.cat([PROMPT["negative_pooled_prompt_embeds"], PROMPT["pooled_prompt_embeds"]])
+    scheduler.set_timesteps(steps)
+    for step, t in enumerate(scheduler.timesteps):
+        run = lambda rows: pipe.transformer(                                                       # noqa: E731
+            hidden_states=torch.cat([latents, latents])[rows], timestep=t.expand(4)[rows], encoder_hidden_states=embeds[rows],
+            pooled_projections=pooled[rows], return_dict=False)[0]
+        state["mode"] = "clean"
+        null, pred = run(slice(0, 4)).chunk(2)
+        left = steps - 1 - step
+        if left >= round(0.2 * (steps - 1)):
+            for index, seen in state["seen"].items():
+                old = state["ema"].get(index, seen)
+                state["ema"][index] = beta * old + (1 - beta) * seen
+            dev = [[(state["ema"][n][b] - state["seen"][n][b]).abs().mean().item() for n in layers] for b in range(2)]
+            state["chosen"] = [layers[row.index(max(row))] for row in dev]
+            if left <= round(0.8 * (steps - 1)):
+                state["mode"] = "negative"
+                negative = run(slice(2, 4))
+                pred = negative + scale * (pred - negative)
+        latents = scheduler.step(null + cfg * (pred - null), t, latents, return_dict=False)[0]
+    return latents
+
+
+def sd3_latents(pipe, steps: int = 6) -> Tensor:
+    return pipe(**PROMPT, num_inference_steps=steps, guidance_scale=3.0, generator=torch.Generator().manual_seed(0),
+                output_type="latent", height=16, width=16).images
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("variant", ["map", "image", "query"])
+def test_guide_in_the_pipeline_of_sd3_is_the_loop_written_by_hand(variant, reuse):
+    pipe = tiny_sd3()
+    plain = sd3_latents(pipe)
+    guided_by = dict(layers=[1, 2], steps=6, cond="last", variant=variant, image_tokens=slice(0, 16), beta=0.8,
+                     ema_dtype=F64, reuse=reuse)
+    with guide(pipe.transformer, pipe.transformer.transformer_blocks, scale=2.5, **guided_by) as emag:
+        latents = sd3_latents(pipe)
+    with guide(pipe.transformer, pipe.transformer.transformer_blocks, scale=1.0, **guided_by):
+        assert torch.equal(sd3_latents(pipe), plain)                     # off is off, bit for bit
+    assert torch.equal(sd3_latents(pipe), plain)
+    expected = sd3_by_hand(pipe, variant, 2.5, 3.0, 6, 0.8, [1, 2])
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
+    assert (latents - plain).abs().max() > 1e-2 and len(emag.trace) == 5
+
+
+# ------------------------------------------------------------------------------------------- the README's recipes
+
+
+def recipe(title: str, scale: float | None = None) -> str:
+    """The code under a heading of the README, for the CPU and in fewer steps; with another EMAG scale if one is given."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    code = re.search(rf"^### {re.escape(title)}\n.*?```python\n(.*?)```", readme, re.MULTILINE | re.DOTALL).group(1)
+    code = code.replace('"cuda"', '"cpu"').replace("250", "20")
+    return code if scale is None else re.sub(r"scale=[\d.]+, steps", f"scale={scale}, steps", code)
+
+
+def pixels(images) -> np.ndarray:
+    return images.numpy() if isinstance(images, Tensor) else np.stack([np.asarray(image, dtype=float) for image in images])
+
+
+def follow(title: str, monkeypatch, observed: int, namespace=lambda: {}):
+    """Runs a recipe as written, with EMAG off, and without reuse: the first differs from the second, not from the third."""
+    monkeypatch.syspath_prepend(HERE)
+    results = []
+    for scale, reuse in ((None, True), (1.0, True), (None, False)):
+        names, code = namespace(), recipe(title, scale)
+        exec(code if reuse else code.replace(") as emag:", ", reuse=False) as emag:"), names)
+        results.append(pixels(names["images"]))
+        assert len(names["emag"].trace) == (0 if scale == 1.0 else observed)
+        assert scale == 1.0 or names["emag"].trace[-1].deviation.min() > 0
+    assert np.isfinite(results[0]).all() and results[0].std() > 0
+    assert np.abs(results[0] - results[1]).mean() > 20 * np.abs(results[0] - results[2]).mean()
+    assert np.abs(results[0] - results[1]).max() > 1e-3
+
+
+def offer(monkeypatch, cls, make):
+    monkeypatch.setattr(cls, "from_pretrained", lambda *args, **kwargs: make())
+
+
+def test_recipe_official_dit(monkeypatch):
+    class Official(DiT):
+        """Calls itself as the official code does: first half conditional, three channels guided."""
+
+        def forward_with_cfg(self, x, t, y, cfg_scale):
+            half = x[:len(x) // 2]
+            out = self.forward(torch.cat([half, half]), t, y)
+            eps, rest = out[:, :3], out[:, 3:]
+            cond, null = eps.chunk(2)
+            eps = null + cfg_scale * (cond - null)
+            return torch.cat([torch.cat([eps, eps]), rest], dim=1)
+
+    class Diffusion:
+        def p_sample_loop(self, model, shape, noise, clip_denoised, device, model_kwargs):
+            assert noise.shape == shape
+            for i in reversed(range(20)):
+                out = model(noise, torch.full((shape[0],), 50.0 * i), **model_kwargs)
+                noise = noise - 0.05 * out[:, :4]
+            return noise
+
+    model = randomised(Official(input_size=32, patch_size=8, hidden_size=32, depth=17, num_heads=4), std=0.2).float()
+    weights = model.state_dict()
+    for name, content in (("models", dict(DiT_XL_2=lambda input_size, num_classes: model)),
+                          ("download", dict(find_model=lambda name: weights)),
+                          ("diffusion", dict(create_diffusion=lambda steps: Diffusion()))):
+        monkeypatch.setitem(sys.modules, name, type(sys)(name))
+        vars(sys.modules[name]).update(content)
+    follow("The official DiT code", monkeypatch, observed=8)
+
+
+def test_recipe_dit_pipeline(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    transformer = randomised(diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=17, sample_size=8, patch_size=2,
+        norm_num_groups=4), std=0.3).float()
+    offer(monkeypatch, diffusers.DiTPipeline, lambda: diffusers.DiTPipeline(
+        transformer, torch.manual_seed(0) and tiny_vae(diffusers), diffusers.DDIMScheduler(clip_sample=False)))
+    follow("diffusers: DiTPipeline", monkeypatch, observed=8)
+
+
+def test_recipe_pixart(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    transformer = randomised(diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=17, sample_size=32, patch_size=8,
+        cross_attention_dim=16, caption_channels=12, use_additional_conditions=False), std=0.3).float()
+
+    def make():
+        torch.manual_seed(0)
+        pipe = diffusers.PixArtAlphaPipeline(None, None, tiny_vae(diffusers, levels=4), transformer,
+                                             diffusers.DPMSolverMultistepScheduler())
+        prompt = [part for seed in (1, 2) for part in (seeded(1, 5, 12, seed=seed, dtype=torch.float32), torch.ones(1, 5))]
+        pipe.encode_prompt = lambda *args, **kwargs: prompt
+        return pipe
+
+    offer(monkeypatch, diffusers.PixArtAlphaPipeline, make)
+    follow("diffusers: PixArtAlphaPipeline", monkeypatch, observed=16)
+
+
+def test_recipe_sd3(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+
+    def make():
+        pipe = tiny_sd3(blocks=10)
+        pipe.transformer.float(), pipe.vae.float()
+        pipe.encode_prompt = lambda **kwargs: [PROMPT[name][:1].float() for name in (
+            "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")]
+        return pipe
+
+    offer(monkeypatch, diffusers.StableDiffusion3Pipeline, make)
+    follow("diffusers: StableDiffusion3Pipeline", monkeypatch, observed=23)
+
+
+def test_recipe_flux(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    flux = randomised(diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=19, num_single_layers=3, attention_head_dim=16, num_attention_heads=2, guidance_embeds=True,
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 6, 6)), std=0.2).float()
+    offer(monkeypatch, diffusers.FluxTransformer2DModel, lambda: flux)
+    grid = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij"), dim=-1).flatten(0, 1)
+    draw = lambda *shape, seed: seeded(*shape, seed=seed, dtype=torch.float32)                     # noqa: E731
+    follow("diffusers: FluxTransformer2DModel by hand", monkeypatch, observed=23, namespace=lambda: dict(
+        x=draw(1, 16, 16, seed=1), text=draw(1, 5, 12, seed=2), pooled=draw(1, 10, seed=3), text_ids=torch.zeros(5, 3),
+        image_ids=F.pad(grid, (1, 0))))
+
+
+def test_emag_is_one_file_that_needs_torch_alone(tmp_path):
+    (tmp_path / "emag.py").write_text((HERE / "emag.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "mine.py").write_text("""
+import sys
+import torch
+from torch import nn
+sys.modules.update(dict.fromkeys(["numpy", "einops", "PIL", "diffusers"]))    # not to be had
+from emag import guide
+
+class Block(nn.TransformerEncoderLayer):
+    def forward(self, x):
+        q = k = v = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + out.transpose(1, 2).flatten(2)
+
+model = nn.Sequential(*[Block(8, 2) for _ in range(4)]).eval()
+with torch.no_grad(), guide(model, model, [1, 2], scale=2.0, steps=5) as emag:
+    for step in range(5):
+        model(torch.randn(2, 3, 8))
+print(len(emag.trace), emag.trace[-1].selected.sum().item())
+""")
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "4 1\n", done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- command line
