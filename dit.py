@@ -182,7 +182,8 @@ def load_dit(path: str | Path) -> tuple[DiT, dict]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds more than tensors and plain values, or is no checkpoint: refused unread") from None
+        raise ValueError(f"{path}: no checkpoint, or one with more than tensors and plain values in it: refused unread"
+                         ) from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError):
         raise ValueError(f"{path}: truncated, or not a file that torch.save wrote") from None
     if not isinstance(content, dict) or not {"model", "config", "meta"} <= content.keys():

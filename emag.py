@@ -94,7 +94,8 @@ class Window:
 
 # --------------------------------------------------------------------------------------------- the attention call
 
-CHUNK = 2**22          # map entries made at a time: E and a few times this is what the method holds
+CHUNK = 2**22          # map entries made at a time, 16 MiB: beside E, a few times this is all that is held
+
 
 @dataclasses.dataclass
 class _AttentionCall:
@@ -194,7 +195,7 @@ def _map_tensors(function: Callable[[Tensor], Tensor], tree):
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What one observed step found, on the CPU in float64: each (B, L), a column a candidate block."""
+    """What one observed step found, on the CPU: each (B, L), a column a candidate block, in the order they run."""
     deviation: Tensor
     zscore: Tensor
     selected: Tensor
@@ -312,8 +313,8 @@ class EMAG:
         if index in self._ran:
             raise RuntimeError(f"candidate block {index} ran twice inside one observe(): observe one pass at a time")
         if call.is_causal:
-            raise RuntimeError(f"candidate block {index} attends causally: EMAG averages maps in which every token sees "
-                               "every other, as diffusion transformers have them")
+            raise RuntimeError(f"candidate block {index} attends causally: EMAG averages maps in which every token "
+                               "sees every other, as diffusion transformers have them")
         if call.query.ndim != 4:
             raise RuntimeError(f"candidate block {index} attends with queries of shape {tuple(call.query.shape)}: "
                                "need (batch, heads, tokens, channels)")
@@ -353,7 +354,8 @@ class EMAG:
         if self.variant == "query":
             return call.query[:, heads, self.image_tokens].to(self.ema_dtype, copy=True)
         attn = call.map(heads, self.image_tokens, self.ema_dtype)
-        return attn[..., self.image_tokens].contiguous() if self.variant == "image" else attn
+        # A copy, so that E does not keep the text columns alive.
+        return attn[..., self.image_tokens].clone() if self.variant == "image" else attn
 
     @staticmethod
     def _head_chunks(call: _AttentionCall) -> Iterator[slice]:
@@ -447,15 +449,18 @@ class EMAG:
 
 @contextmanager
 def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], *, scale: float = 1.5, steps: int = 28,
-          cond: str = "last", channels: slice | None = None, window: Window = Window(), **emag_options) -> Iterator[EMAG]:
+          cond: str = "last", channels: slice | None = None, window: Window = Window(),
+          **emag_options) -> Iterator[EMAG]:
     """EMAG inside a pipeline that doubles the batch for CFG; the pipeline and the model stay as they are.
 
         with guide(pipe.transformer, pipe.transformer.transformer_blocks, range(6, 9), scale=1.5, steps=28):
             image = pipe(prompt, num_inference_steps=28, guidance_scale=7.0)
 
     Each call of `model` is one step: its prediction for the conditional half comes back as ε̃', so that the pipeline's
-    own CFG formula completes the method. scale: w_e; 1 is off.  steps: calls a trajectory; every `steps` calls a new one
-    starts.  cond: the half of the batch that is conditional, "first" or "last", or "all" of a batch that is not doubled.
+    own CFG formula completes the method.
+
+    scale: w_e; 1 is off.  steps: calls in a trajectory; after as many a new one starts.
+    cond: the half of the batch that is conditional, "first" or "last", or "all" of a batch that is not doubled.
     channels: the output channels that are the prediction, where others are a variance.  emag_options: as for EMAG.
 
     Raises ValueError where an argument is out of range, RuntimeError where the calls do not fill whole trajectories.
@@ -476,7 +481,7 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
             return original(*args, **kwargs)
         batch = len(next(_tensors((args, kwargs))))
         if cond != "all" and batch % 2:
-            raise RuntimeError(f"the batch has {batch} samples, which has no conditional half: is the pipeline's CFG on?")
+            raise RuntimeError(f"a batch of {batch} samples has no conditional half: is the pipeline's CFG on?")
         rows = {"first": slice(batch // 2), "last": slice(batch // 2, None), "all": slice(None)}[cond]
         with emag.observe(rows):
             out = original(*args, **kwargs)

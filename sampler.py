@@ -30,7 +30,7 @@ DEMO = Path(__file__).resolve().parent / "demo" / "emoji-flow.pt"
 # ---------------------------------------------------------------------------------------------------------- schedules
 
 TRAIN_STEPS = 1000
-# DDPM's linear schedule: ᾱ at t = 0, 1/1000, …, 1. Timestep i of the literature is t = (i+1)/1000, and ᾱ(0) = 1 is data.
+# DDPM's linear schedule: ᾱ at t = 0, 1/1000, …, 1. The literature's timestep i is t = (i+1)/1000; ᾱ(0) = 1 is data.
 ALPHAS_BAR = torch.cat([torch.ones(1, dtype=torch.float64),
                         (1 - torch.linspace(1e-4, 0.02, TRAIN_STEPS, dtype=torch.float64)).cumprod(0)])
 
@@ -45,7 +45,7 @@ def flow_times(steps: int) -> list[float]:
 
 
 def ddpm_times(steps: int) -> list[float]:
-    """steps + 1 times: the training timesteps nearest to an even spacing of 999…0, as DiT's sampler takes them, and 0."""
+    """steps + 1 times: the training timesteps nearest to an even spacing of 999…0, as in DiT's sampler, and then 0."""
     return [(round(i) + 1) / TRAIN_STEPS for i in np.linspace(TRAIN_STEPS - 1, 0, steps)] + [0.0]
 
 
@@ -65,7 +65,7 @@ def euler(predict: Predict, x: Tensor, steps: int | Sequence[float]) -> Tensor:
 
 
 def heun(predict: Predict, x: Tensor, steps: int | Sequence[float]) -> Tensor:
-    """Heun's method on dx/dt = v(x, t), with a plain Euler step into t = 0 (Karras et al., arXiv 2206.00364, alg. 1)."""
+    """Heun's method on dx/dt = v(x, t), with an Euler step into t = 0 (Karras et al., arXiv 2206.00364, alg. 1)."""
     for step, (t, t_next) in enumerate(pairwise(flow_times(steps) if isinstance(steps, int) else steps)):
         v = predict(x, t, step)
         x_euler = x + (t_next - t) * v
@@ -96,8 +96,8 @@ class SampleNoise:
     """Standard normal noise from one generator a sample, seeded by (seed, index): other samples change nothing."""
 
     def __init__(self, seed: int, indices: Sequence[int]):
-        self.generators = [torch.Generator().manual_seed(int(np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]))
-                           for i in indices]
+        seeds = [np.random.SeedSequence((seed, index)).generate_state(1, np.uint64).item() for index in indices]
+        self.generators = [torch.Generator().manual_seed(each) for each in seeds]
 
     def __call__(self, like: Tensor) -> Tensor:
         noise = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
@@ -108,7 +108,7 @@ class SampleNoise:
 
 
 def network(model: DiT, meta: dict) -> Callable[[Tensor, float, Tensor], Tensor]:
-    """The model as a function of (x, t, y) in this file's time and sign: the one place that knows a checkpoint's own."""
+    """The model as a function of (x, t, y) in this file's time and sign; no other place knows a checkpoint's own."""
     to_network_time = {"velocity": lambda t: TRAIN_STEPS * t,                  # trained on 1000·t
                        "noise": lambda t: TRAIN_STEPS * t - 1}[meta["prediction"]]         # trained on i = 0…999
 
@@ -262,8 +262,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def resolve(args: argparse.Namespace, model: DiT, meta: dict) -> dict:
-    """All settings in force: the command line's where given, else the checkpoint's. ValueError where one cannot be."""
+def resolve(args: argparse.Namespace, model: DiT, meta: dict) -> tuple[dict, list[int]]:
+    """The settings in force, the command line's where given, else the checkpoint's, and the classes by number.
+
+    Raises ValueError where a setting is out of range.
+    """
     given = {name: getattr(args, name) for name in ("emag", "cfg", "sampler", "steps", "eta", "beta", "strength",
                                                     "variant", "threshold", "window")}
     settings = dict(variant="map", threshold=None, eta=0.0) | meta["settings"] | {
@@ -293,7 +296,7 @@ def resolve(args: argparse.Namespace, model: DiT, meta: dict) -> dict:
         raise ValueError(f"--eta is {settings['eta']}: need 0 ≤ eta ≤ 1")
     Window(*settings["window"])
     EMAG(model.blocks, settings["layers"], beta=settings["beta"], strength=settings["strength"])
-    return settings
+    return settings, classes
 
 
 def check_output(path: Path):
@@ -328,18 +331,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_output(args.out)
         device, dtype = choose_device(args.device, args.dtype)
         model, meta = load_dit(args.ckpt)
-        settings = resolve(args, model, meta) | dict(dtype=str(dtype).removeprefix("torch."))
+        settings, classes = resolve(args, model, meta)
     except ValueError as error:
         print(f"sampler.py: {error}", file=sys.stderr)
         return 2
     model.to(device, dtype)
-    classes = parse_classes(args.classes, model.null_class, meta["class_names"])
+    settings["dtype"] = str(dtype).removeprefix("torch.")
     num, started, images = settings["num"], time.monotonic(), []
 
     def progress(step: int):
         if sys.stderr.isatty():
-            print(f"\r{len(images)} of {num} images done, step {step + 1} of {settings['steps']} ", end="", file=sys.stderr,
-                  flush=True)
+            print(f"\r{len(images)} of {num} images done, step {step + 1} of {settings['steps']} ", end="",
+                  file=sys.stderr, flush=True)
 
     for start in range(0, num, args.batch):
         indices = range(start, min(start + args.batch, num))

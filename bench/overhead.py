@@ -1,7 +1,9 @@
 """What EMAG costs: the time of whole trajectories relative to CFG's, beside the arithmetic floor.
 
     python bench/overhead.py                                        # 28 blocks, 384 wide, 256 tokens, on the CPU
+    python bench/overhead.py --model SD3-small                      # 24 joint blocks; needs `pip install diffusers`
     python bench/overhead.py --model DiT-XL/2 --dtype bf16          # on a GPU
+    python bench/overhead.py --model SD3 --dtype bf16
 
 All rows are measured in one run, in turns, so that a machine that slows down slows all of them; each is the median over
 the rounds of its ratio to CFG in the same round. Weights are random: they decide which block is selected and nothing
@@ -19,37 +21,59 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dit import DIT_SIZES, DiT  # noqa: E402
 from emag import EMAG, Window, cfg_update, emag_update  # noqa: E402
 from sampler import euler, guided, network  # noqa: E402
 
-BETA = 0.988
+BETA, SCALE, CFG = 0.988, 1.5, 7.0
+DIT_WINDOW, SD3_WINDOW = Window(0.6, 0.4, 0.2), Window(1.0, 0.8, 0.2)
 
 
-def build(name: str) -> DiT:
-    """A DiT of 256 tokens with random weights: NAME/PATCH of the paper's, or "small", 384 wide with 28 blocks."""
+def build_dit(name: str) -> DiT:
+    """A DiT of 256 tokens with random weights: one of the paper's, or "small", 384 wide with 28 blocks."""
     width, depth, heads = (384, 28, 6) if name == "small" else DIT_SIZES[name.split("-")[1].split("/")[0]]
     model = DiT(input_size=32, patch_size=2, hidden_size=width, depth=depth, num_heads=heads, learn_sigma=False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if not parameter.any():                   # adaLN-Zero would make every block the identity, all maps alike
             parameter.data.normal_(0, 0.02, generator=generator)
-    return model.eval().requires_grad_(False)
+    return model
+
+
+def build_sd3(name: str) -> nn.Module:
+    """SD3-Medium's transformer with random weights, or "SD3-small": as many blocks, 384 wide, 256 image tokens."""
+    from diffusers import SD3Transformer2DModel
+    small = dict(sample_size=32, num_attention_heads=6, caption_projection_dim=384) if name == "SD3-small" else dict(
+        sample_size=128, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)
+    return SD3Transformer2DModel(num_layers=24, attention_head_dim=64, **small)
+
+
+def sd3_network(model: nn.Module, device, dtype):
+    """SD3 as a function of (x, t, y), with random prompt embeddings: a row for each label of y."""
+    text, pooled = (torch.randn(2, *shape, device=device, dtype=dtype) for shape in ((77 + 256, 4096), (2048,)))
+
+    def predict(x, t, y):
+        times = torch.full((len(x),), 1000 * t, device=device)
+        return model(x.to(dtype), encoder_hidden_states=text[y], pooled_projections=pooled[y], timestep=times,
+                     return_dict=False)[0].to(x.dtype)
+
+    return predict
 
 
 class AuthorsFlow:
-    """Predictions with the passes and maps of the authors' code; layers and window as for EMAG."""
+    """Predictions with the passes and maps of the authors' code, for DiT; it changes the model's blocks for good."""
 
-    def __init__(self, model: DiT, net, y, null, layers):
+    def __init__(self, model: DiT, net, y: Tensor, null: Tensor, layers):
         self.net, self.labels, self.layers, self.ema, self.dev = net, torch.cat([y, null]), layers, {}, {}
         for index in layers:
             attention = model.blocks[index].attn
             attention.forward = lambda x, index=index, attention=attention: self.attend(index, attention, x)
         self.negative_in = None
 
-    def attend(self, index: int, attention, x):
+    def attend(self, index: int, attention: nn.Module, x: Tensor) -> Tensor:
         q, k, v = rearrange(attention.qkv(x), "b n (three h d) -> three b h n d", three=3, h=attention.heads)
         attn = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
         if self.negative_in is None:
@@ -60,26 +84,27 @@ class AuthorsFlow:
             attn = self.ema[index]
         return attention.proj(rearrange(attn @ v, "b h n d -> b n (h d)"))
 
-    def __call__(self, x, t, step, update=True):
+    def __call__(self, x: Tensor, t: float, step: int, update: bool = True) -> Tensor:
         both = torch.cat([x, x])
         self.negative_in = None
         pred, pred_null = self.net(both, t, self.labels).chunk(2)
         self.negative_in = max(self.layers, key=lambda index: self.dev[index].item())
         negative, _ = self.net(both, t, self.labels).chunk(2)
-        return cfg_update(emag_update(pred, negative, 1.5), pred_null, 7.0)
+        return cfg_update(emag_update(pred, negative, SCALE), pred_null, CFG)
 
 
-def floor(emag: EMAG, window: Window, steps: int, depth: int) -> float:
-    """1 + Σ over perturbed steps of (depth − ℓ*) / (2·depth·steps): CFG is two passes a step, a negative starts at ℓ*."""
+def floor(emag: EMAG, window: Window, steps: int) -> float:
+    """1 + Σ over perturbed steps of (L − ℓ*) / (2·L·steps), L blocks, since CFG is two passes a step."""
     observed = [step for step in range(steps) if window.observes(step, steps)]
     starts = [emag.layers[int(entry.selected.any(0).nonzero()[0])] for step, entry in zip(observed, emag.trace)
               if window.perturbs(step, steps)]
-    return 1 + sum(depth - start for start in starts) / (2 * depth * steps)
+    return 1 + sum(len(emag.blocks) - start for start in starts) / (2 * len(emag.blocks) * steps)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="small", choices=["small", *(f"DiT-{size}/2" for size in DIT_SIZES)])
+    parser.add_argument("--model", default="small",
+                        choices=["small", *(f"DiT-{size}/2" for size in DIT_SIZES), "SD3-small", "SD3"])
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--batch", type=int, default=1, help="images drawn together")
     parser.add_argument("--steps", type=int, nargs=2, default=(50, 28), metavar=("DIT", "SD3"),
@@ -89,54 +114,81 @@ def main():
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model = build(args.model).to(device, dtype)
-    plain = build(args.model).to(device, dtype)              # the authors' flow changes its own copy for good
-    depth = len(model.blocks)
-    y, null = (torch.full((args.batch,), label, device=device) for label in (1, model.null_class))
-    x = torch.randn(args.batch, 4, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
-    net = network(model, dict(prediction="velocity"))
+    joint = args.model.startswith("SD3")
+    torch.manual_seed(0)
+    prepare = lambda model: model.to(device, dtype).eval().requires_grad_(False)                    # noqa: E731
+    model = prepare((build_sd3 if joint else build_dit)(args.model))
+    if joint:
+        side, channels, image_tokens = model.config.sample_size, 16, slice(0, (model.config.sample_size // 2) ** 2)
+        net, blocks, labels = sd3_network(model, device, dtype), model.transformer_blocks, (1, 0)
+    else:
+        side, channels, image_tokens = 32, 4, None
+        net, blocks, labels = network(model, dict(prediction="velocity")), model.blocks, (1, model.null_class)
+        copy = prepare(build_dit(args.model))
+        copy_net = network(copy, dict(prediction="velocity"))
+    depth = len(blocks)
+    y, null = (torch.full((args.batch,), label, device=device) for label in labels)
+    x = torch.randn(args.batch, channels, side, side, dtype=torch.float64).to(device)
 
-    def timed(predict, steps: int) -> float:
-        torch.cuda.synchronize() if device == "cuda" else None
+    def timed(predict, steps: int) -> tuple[float, float]:
+        """Seconds and, on a GPU, GiB at the peak."""
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         euler(predict, x, steps)
-        torch.cuda.synchronize() if device == "cuda" else None
-        return time.perf_counter() - started
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
 
-    published = [("DiT", args.steps[0], Window(0.6, 0.4, 0.2), range(depth * 12 // 28, depth * 16 // 28)),
-                 ("SD3", args.steps[1], Window(1.0, 0.8, 0.2), range(depth // 4, depth // 3 + 1))]
+    def plain(steps):
+        return lambda: timed(guided(net, y, null, steps=steps, cfg=CFG), steps)
+
+    def with_emag(emag, window, steps):
+        return lambda: timed(guided(net, y, null, steps=steps, cfg=CFG, emag=emag, emag_scale=SCALE, window=window),
+                             steps)
+
+    sd3_layers = range(depth // 4, depth // 3 + 1)                                # 6–8 of 24, 7–9 of 28
+    groups = [("SD3", args.steps[1], SD3_WINDOW, sd3_layers)] if joint else [
+        ("DiT", args.steps[0], DIT_WINDOW, range(depth * 12 // 28, depth * 16 // 28)),
+        ("SD3", args.steps[1], SD3_WINDOW, sd3_layers)]
     runs, floors = {}, {}
-    for name, steps, window, layers in published:
-        runs[name, "CFG"] = lambda steps=steps: timed(guided(net, y, null, steps=steps, cfg=7.0), steps)
-        for label, reuse in (("EMAG", True), ("EMAG without reuse", False)):
-            emag = EMAG(model.blocks, layers, beta=BETA, reuse=reuse)
-            floors[name, label] = lambda emag=emag, window=window, steps=steps: floor(emag, window, steps, depth)
-            runs[name, label] = lambda emag=emag, window=window, steps=steps: timed(
-                guided(net, y, null, steps=steps, cfg=7.0, emag=emag, emag_scale=1.5, window=window), steps)
-        runs[name, "authors' flow"] = lambda layers=layers, steps=steps: timed(
-            AuthorsFlow(plain, network(plain, dict(prediction="velocity")), y, null, layers), steps)
+    for name, steps, window, layers in groups:
+        runs[name, "CFG"] = plain(steps)
+        variants = {"EMAG": {}, "EMAG without reuse": dict(reuse=False)}
+        if joint:
+            variants |= {"EMAG-I": dict(variant="image"), "EMAG-Q": dict(variant="query")}
+        for label, options in variants.items():
+            emag = EMAG(blocks, layers, beta=BETA, image_tokens=image_tokens, **options)
+            runs[name, label] = with_emag(emag, window, steps)
+            floors[name, label] = lambda emag=emag, window=window, steps=steps: floor(emag, window, steps)
+        if not joint:
+            runs[name, "authors' flow"] = lambda layers=layers, steps=steps: timed(
+                AuthorsFlow(copy, copy_net, y, null, layers), steps)
 
-    ratios, seconds = {key: [] for key in runs}, {key: [] for key in runs}
+    measured = {key: [] for key in runs}
     with torch.inference_mode():
-        for steps in args.steps:
-            timed(guided(net, y, null, steps=2, cfg=7.0), 2)                              # warm up
+        timed(guided(net, y, null, steps=2, cfg=CFG), 2)                          # warm up
         for _ in range(args.rounds):
             for key, run in runs.items():
-                seconds[key].append(run())
-                ratios[key].append(seconds[key][-1] / seconds[key[0], "CFG"][-1])
+                measured[key].append(run())
 
     machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{args.model}, {depth} blocks, {model.config['hidden_size']} wide, 256 tokens, {args.dtype}, batch {args.batch}, "
-          f"{args.rounds} rounds, {machine}, torch {torch.__version__}\n")
-    print("| settings | guidance | time / CFG | lowest…highest | floor | seconds |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, steps, window, layers in published:
-        for (group, label), values in ratios.items():
+    print(f"{args.model}: {depth} blocks, {args.dtype}, batch {args.batch}, {args.rounds} rounds, {machine}, "
+          f"torch {torch.__version__}\n")
+    print("| settings | guidance | time / CFG | lowest…highest | floor | seconds | GiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, steps, window, layers in groups:
+        settings = (f"{name}: {steps} steps, blocks {layers[0]}–{layers[-1]}, window {window.start:g}/{window.apply:g}/"
+                    f"{window.stop:g}")
+        for (group, label), values in measured.items():
             if group == name:
-                least = f"{floors[group, label]():.3f}" if label == "EMAG" else ""
-                print(f"| {name}: {steps} steps, blocks {layers[0]}–{layers[-1]}, window {window.start:g}/{window.apply:g}/"
-                      f"{window.stop:g} | {label} | {statistics.median(values):.3f} | {min(values):.3f}…{max(values):.3f} | "
-                      f"{least} | {statistics.median(seconds[group, label]):.1f} |")
+                ratios = [seconds / base for (seconds, _), (base, _) in zip(values, measured[name, "CFG"])]
+                seconds, memory = statistics.median(value[0] for value in values), max(value[1] for value in values)
+                least = f"{floors[group, label]():.3f}" if label in ("EMAG", "EMAG-I", "EMAG-Q") else ""
+                print(f"| {settings} | {label} | {statistics.median(ratios):.3f} | "
+                      f"{min(ratios):.3f}…{max(ratios):.3f} | {least} | {seconds:.1f} | "
+                      f"{f'{memory:.1f}' if memory else ''} |")
 
 
 if __name__ == "__main__":

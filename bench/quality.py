@@ -81,7 +81,8 @@ def main():
             batch = labels[start:start + 32]
             parts.append(sample(model, meta, batch, range(start, start + len(batch)),
                                 settings | dict(cfg=cfg, emag=scale))[0].float().cpu().clamp(-1, 1))
-        print("| {:g} | {:g} | {:.1f} | {:.1f} |".format(cfg, scale, *distances(torch.cat(parts), reference)), flush=True)
+        found = distances(torch.cat(parts), reference)
+        print("| {:g} | {:g} | {:.1f} | {:.1f} |".format(cfg, scale, *found), flush=True)
 
 
 if __name__ == "__main__":

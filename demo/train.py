@@ -98,7 +98,8 @@ def load_data(folder: Path) -> dict:
                     icon, key = icons["icons"].get(emoji), emoji.replace("-", "")
                     label = known.get(key) or CATEGORIES.get(category)
                     toned = SKIN_TONE.search(emoji) and label in ("people", "activity", None)
-                    if icon is None or icon.get("hidden") or label is None or toned or key.startswith("regionalindicator"):
+                    letter = key.startswith("regionalindicator")
+                    if icon is None or icon.get("hidden") or label is None or toned or letter:
                         continue
                     images.append(render(icon, icons))
                     labels.append(CLASSES.index(label))
