@@ -8,10 +8,12 @@ noise model has x_t = √ᾱ(t)·x₀ + √(1−ᾱ(t))·ε and predicts ε. Int
 import argparse
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dit import DiT, load_dit
+from dit import DiT, LatentDecoder, load_decoder, load_dit
 from emag import EMAG, Window, cfg_update, emag_update
 
 DEMO = Path(__file__).resolve().parent / "demo" / "emoji-flow.pt"
@@ -89,7 +91,31 @@ def ddim(predict: Predict, x: Tensor, steps: int | Sequence[float], *, eta: floa
     return x
 
 
-SAMPLERS = {"velocity": {"euler": euler, "heun": heun}, "noise": {"ddim": ddim}}
+def ddpm(predict: Predict, x: Tensor, steps: int | Sequence[float], *,
+         noise: Callable[[Tensor], Tensor] = torch.randn_like) -> Tensor:
+    """Ancestral sampling of DDPM (Ho et al., arXiv 2006.11239, alg. 2) over respaced steps, variance learned or fixed.
+
+    Where the prediction has twice the channels of x, its second half v gives the variance between its two bounds,
+    log σ² = (v+1)/2·log β + (1−v)/2·log β̃ (Nichol & Dhariwal, arXiv 2102.09672, eq. 15); else σ² = β.
+    """
+    for step, (t, t_next) in enumerate(pairwise(ddpm_times(steps) if isinstance(steps, int) else steps)):
+        a, a_next = alpha_bar(t), alpha_bar(t_next)
+        beta = 1 - a / a_next                                             # of the respaced process
+        eps, *learned = predict(x, t, step).split(x.shape[1], dim=1)
+        x0 = (x - (1 - a) ** 0.5 * eps) / a ** 0.5
+        mean = (a_next ** 0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - a_next) * x) / (1 - a)     # of q(x_s | x_t, x₀)
+        if t_next == 0:
+            return mean
+        sigma = beta ** 0.5
+        if learned:
+            share = (learned[0] + 1) / 2
+            log_variance = share * math.log(beta) + (1 - share) * math.log(beta * (1 - a_next) / (1 - a))
+            sigma = (log_variance / 2).exp()
+        x = mean + sigma * noise(x)
+    return x
+
+
+SAMPLERS = {"velocity": {"euler": euler, "heun": heun}, "noise": {"ddim": ddim, "ddpm": ddpm}}
 
 
 class SampleNoise:
@@ -107,43 +133,56 @@ class SampleNoise:
 # ----------------------------------------------------------------------------------------------------------- guidance
 
 
-def network(model: DiT, meta: dict) -> Callable[[Tensor, float, Tensor], Tensor]:
-    """The model as a function of (x, t, y) in this file's time and sign; no other place knows a checkpoint's own."""
-    to_network_time = {"velocity": lambda t: TRAIN_STEPS * t,                  # trained on 1000·t
-                       "noise": lambda t: TRAIN_STEPS * t - 1}[meta["prediction"]]         # trained on i = 0…999
+def network(model: DiT, meta: dict, variance: bool = False) -> Callable[[Tensor, float, Tensor], Tensor]:
+    """The model as a function of (x, t, y) in this file's time and sign; no other place knows a checkpoint's own.
+
+    variance: keep the channels of the output beyond the prediction, which `ddpm` reads.
+    """
+    to_network_time, sign = {"noise": (lambda t: TRAIN_STEPS * t - 1, 1),      # trained on timesteps i = 0…999
+                             "rf": (lambda t: TRAIN_STEPS * t, 1),             # trained on 1000·t, v = ε − x₀
+                             "sit": (lambda t: 1 - t, -1)                      # trained on 1 − t, v = x₀ − ε
+                             }["noise" if meta["prediction"] == "noise" else meta.get("flow", "rf")]
 
     def predict(x: Tensor, t: float, y: Tensor) -> Tensor:
         times = torch.full((len(x),), to_network_time(t), device=x.device, dtype=torch.float32)
-        return model(x.to(model.pos_embed.dtype), times, y)[:, :x.shape[1]].to(x.dtype)
+        out = model(x.to(model.pos_embed.dtype), times, y).to(x.dtype)
+        return sign * (out if variance else out[:, :x.shape[1]])
 
     return predict
 
 
 def guided(net: Callable, y: Tensor, null: Tensor, *, steps: int, cfg: float = 1.0, emag: EMAG | None = None,
-           emag_scale: float = 1.0, window: Window = Window()) -> Predict:
+           emag_scale: float = 1.0, window: Window = Window(), channels: int | None = None) -> Predict:
     """The guided prediction as the samplers call it, for one trajectory: ε̃ = ε_∅ + w·(ε' + w_e·(ε − ε') − ε_∅).
 
     y, null: labels of the condition and of ∅, (B,). For unconditional EMAG y is ∅ too, and cfg is 1.
+    channels: how many of the first channels are guided, None for those of x; the others stay the conditional ones.
     A scale of 1 costs nothing: no null prediction is made for w = 1, no negative for w_e = 1.
     """
     if emag is not None:
         emag.reset()
 
     def predict(x: Tensor, t: float, step: int, update: bool = True) -> Tensor:
-        batch = len(x)
+        batch, count = len(x), channels or x.shape[1]
         active = emag is not None and emag_scale != 1
         with emag.observe(slice(batch), update) if active and window.observes(step, steps) else nullcontext():
             if cfg == 1:
                 pred = pred_null = net(x, t, y)
             else:
                 pred, pred_null = net(torch.cat([x, x]), t, torch.cat([y, null])).split(batch)
+        clean = pred
         if active and window.perturbs(step, steps):
             with emag.perturb():
                 negative = net(x, t, y)
             pred = emag_update(pred, negative, emag_scale)
-        return pred if cfg == 1 else cfg_update(pred, pred_null, cfg)
+        if cfg != 1:
+            pred = cfg_update(pred, pred_null, cfg)
+        return torch.cat([pred[:, :count], clean[:, count:]], dim=1)
 
     return predict
+
+
+DEFAULTS = dict(variant="map", threshold=None, eta=0.0, guide_channels=None, uncond=False, seed=0, num=None)
 
 
 @torch.inference_mode()
@@ -152,7 +191,9 @@ def sample(model: DiT, meta: dict, labels: Sequence[int], indices: Sequence[int]
     """One batch: (x (B, C, H, W) in float64, the EMAG object with its trace).
 
     labels: a class for each sample.  indices: the samples' numbers, which with the seed give their noise.
+    settings: as the command line has them: sampler, steps, cfg, emag, layers, beta, strength, window, and DEFAULTS.
     """
+    settings = DEFAULTS | settings
     device, config = model.pos_embed.device, model.config
     noise = SampleNoise(settings["seed"], indices)
     x = noise(torch.empty(len(labels), config["in_channels"], config["input_size"], config["input_size"],
@@ -161,22 +202,26 @@ def sample(model: DiT, meta: dict, labels: Sequence[int], indices: Sequence[int]
     y = null if settings["uncond"] else torch.tensor(labels, device=device)
     emag = EMAG(model.blocks, settings["layers"], beta=settings["beta"], strength=settings["strength"],
                 variant=settings["variant"], threshold=settings["threshold"])
-    predict = guided(network(model, meta), y, null, steps=settings["steps"], emag=emag, emag_scale=settings["emag"],
-                     cfg=1.0 if settings["uncond"] else settings["cfg"], window=Window(*settings["window"]))
+    predict = guided(network(model, meta, variance=settings["sampler"] == "ddpm"), y, null, steps=settings["steps"],
+                     cfg=1.0 if settings["uncond"] else settings["cfg"], emag=emag, emag_scale=settings["emag"],
+                     window=Window(*settings["window"]), channels=settings["guide_channels"])
 
     def reporting(x: Tensor, t: float, step: int, update: bool = True) -> Tensor:
         progress(step)
         return predict(x, t, step, update)
 
-    extra = dict(eta=settings["eta"], noise=noise) if settings["sampler"] == "ddim" else {}
+    extra = {"ddim": dict(eta=settings["eta"], noise=noise), "ddpm": dict(noise=noise)}.get(settings["sampler"], {})
     return SAMPLERS[meta["prediction"]][settings["sampler"]](reporting, x, settings["steps"], **extra), emag
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
 
 
-def to_images(x: Tensor) -> np.ndarray:
-    """RGB in [−1, 1], (B, 3, H, W) → (B, H, W, 3) uint8."""
+@torch.inference_mode()
+def to_images(x: Tensor, decoder: LatentDecoder | None = None) -> np.ndarray:
+    """RGB in [−1, 1], (B, 3, H, W), or latents and their decoder, a few at a time → (B, H, W, 3) uint8."""
+    if decoder is not None:
+        x = torch.cat([decoder(part.float()) for part in x.split(2)])
     return rearrange(((x + 1) * 127.5).round().clamp(0, 255), "b c h w -> b h w c").to(torch.uint8).cpu().numpy()
 
 
@@ -196,13 +241,34 @@ def draw_grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str], zoom:
     return grid
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, renamed when all is written: `path` is never half there."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def save_png(image: Image.Image, path: Path, settings: dict):
-    """Writes beside the file and renames; the settings go into the PNG's text chunk `settings`, as JSON."""
+    """The settings go into the PNG's text chunk `settings`, as JSON."""
     info = PngInfo()
     info.add_text("settings", json.dumps(settings))
-    beside = path.with_name(path.name + ".tmp")
-    image.save(beside, format="PNG", pnginfo=info)
-    beside.replace(path)
+    with whole_file(path) as beside:
+        image.save(beside, format="PNG", pnginfo=info)
+
+
+def save_npz(path: Path, folder: Path, num: int):
+    """Packs 000000.png … into arr_0, (num, H, W, 3) uint8, as the ADM evaluation suite reads it, an image at a time."""
+    read = lambda index: np.asarray(Image.open(folder / f"{index:06d}.png"))                        # noqa: E731
+    header = dict(descr="|u1", fortran_order=False, shape=(num, *read(0).shape))
+    with whole_file(path) as beside, zipfile.ZipFile(beside, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for index in range(num):
+                file.write(read(index).tobytes())
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -238,9 +304,13 @@ def parse_classes(text: str, num_classes: int, names: Sequence[str]) -> list[int
 def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sampler.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", type=Path, default=DEMO, help="the checkpoint (default: the demo's)")
+    add("--ckpt", type=Path, default=DEMO, help="the checkpoint, a file or a diffusers folder (default: the demo's)")
+    add("--vae", type=Path, help="the decoder of a latent checkpoint: sd-vae-ft-ema or -mse, a folder or a file")
+    add("--heads", type=int, help="attention heads, where a checkpoint is none of DiT-S, B, L, XL")
+    add("--flow", choices=["rf", "sit"], help="the checkpoint predicts a velocity: rectified flow's, or SiT's")
     add("--emag", type=float, metavar="W_E", help="EMAG scale w_e: 1 is off, 0 shows the negative itself")
     add("--cfg", type=float, metavar="W", help="CFG scale w: 1 is off")
+    add("--guide-channels", type=int, metavar="N", help="guide the first N channels alone (official DiT code: 3)")
     add("--uncond", action="store_true", help="unconditional: maps and negative from the null condition, no CFG")
     add("--sampler", choices=[name for group in SAMPLERS.values() for name in group])
     add("--steps", type=int, metavar="N")
@@ -251,15 +321,29 @@ def make_parser() -> argparse.ArgumentParser:
     add("--variant", choices=["map", "image", "query"], help="what the EMA is of: EMAG, EMAG-I, EMAG-Q")
     add("--threshold", type=float, metavar="Z", help="select every block of z ≥ Z, not the argmax alone")
     add("--window", type=float, nargs=3, metavar=("START", "APPLY", "STOP"), help="1 ≥ START ≥ APPLY ≥ STOP ≥ 0")
-    add("--classes", default="all", metavar="all|LIST", help="by number, or by name where the checkpoint has names")
-    add("--num", type=int, help="images in all, dealt to the classes in turn (default: 8 a class)")
+    add("--classes", metavar="all|LIST", help="by number, or by name where the checkpoint has names (default: all)")
+    add("--num", type=int, help="images in all, dealt to the classes in turn (default for a grid: 8 a class)")
     add("--batch", type=int, default=24, metavar="B")
     add("--seed", type=int, default=0, metavar="S")
-    add("--out", type=Path, default=Path("samples.png"), metavar="FILE.png")
+    add("--out", type=Path, default=Path("samples.png"), metavar="FILE.png|FOLDER",
+        help="a grid, or a folder for 000000.png …, where a run goes on that was interrupted")
+    add("--npz", type=Path, metavar="FILE", help="with a folder: pack its images as arr_0 as well")
+    add("--latents", type=Path, metavar="FILE.npy", help="save what the network samples, (N, C, H, W), and no picture")
     add("--device", default="auto", help="auto takes cuda where there is one, else cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
         help="the network's; auto is bfloat16 on cuda, else float32")
     return parser
+
+
+def published_settings(model: DiT, meta: dict) -> dict:
+    """For a checkpoint without settings of its own: DiT-XL/2's, or SD3's steps, scale and window for a velocity, with
+    the candidates at DiT-XL/2's relative depth, 12–15 of 28 blocks."""
+    depth = len(model.blocks)
+    layers = list(range(depth * 12 // 28, max(depth * 16 // 28, depth * 12 // 28 + 1)))
+    common = dict(cfg=1.5, layers=layers, beta=0.988, strength=1.0)
+    if meta["prediction"] == "noise":
+        return common | dict(sampler="ddpm", steps=250, emag=3.0, window=[0.6, 0.4, 0.2])
+    return common | dict(sampler="euler", steps=28, emag=1.5, window=[1.0, 0.8, 0.2])
 
 
 def resolve(args: argparse.Namespace, model: DiT, meta: dict) -> tuple[dict, list[int]]:
@@ -267,56 +351,66 @@ def resolve(args: argparse.Namespace, model: DiT, meta: dict) -> tuple[dict, lis
 
     Raises ValueError where a setting is out of range.
     """
-    given = {name: getattr(args, name) for name in ("emag", "cfg", "sampler", "steps", "eta", "beta", "strength",
-                                                    "variant", "threshold", "window")}
-    settings = dict(variant="map", threshold=None, eta=0.0) | meta["settings"] | {
-        name: value for name, value in given.items() if value is not None}
+    grid, names = args.out.suffix == ".png", meta["class_names"]
+    given = {name: getattr(args, name) for name in ("emag", "cfg", "guide_channels", "sampler", "steps", "eta", "beta",
+                                                    "strength", "variant", "threshold", "window", "num")}
+    settings = DEFAULTS | (meta["settings"] or published_settings(model, meta))
+    settings |= {name: value for name, value in given.items() if value is not None}
     if args.layers is not None:
         settings["layers"] = parse_layers(args.layers)
-    names = meta["class_names"]
-    classes = parse_classes(args.classes, model.null_class, names)
-    settings |= dict(uncond=args.uncond, seed=args.seed, checkpoint=args.ckpt.name,
-                     classes=[names[number] if names else number for number in classes])
+    if args.classes is None and grid and model.null_class > 32:
+        raise ValueError(f"--classes: {model.null_class} classes are too many for one grid: "
+                         "name some, such as 207,360,387,974, or give a folder as --out")
+    classes = parse_classes("all" if args.classes is None else args.classes, model.null_class, names)
+    if settings["num"] is None:
+        if not grid:
+            raise ValueError("--num: say how many images the folder is to hold")
+        settings["num"] = 8 * len(classes)
     if args.uncond:
         settings["cfg"] = 1.0
+    settings |= dict(uncond=args.uncond, seed=args.seed, batch=args.batch, checkpoint=args.ckpt.name,
+                     classes=[names[number] if names else number for number in classes])
     if settings["sampler"] not in SAMPLERS[meta["prediction"]]:
         raise ValueError(f"--sampler {settings['sampler']}: a {meta['prediction']} model needs "
                          f"{' or '.join(SAMPLERS[meta['prediction']])}")
-    settings["num"] = 8 * len(classes) if args.num is None else args.num
-    for flag, value, most in (("--steps", settings["steps"], TRAIN_STEPS), ("--num", settings["num"], None),
-                              ("--batch", args.batch, None)):
-        if value < 1 or (most and value > most):
-            raise ValueError(f"{flag} is {value}: need at least 1" + (f" and at most {most}" if most else ""))
-    for flag in ("emag", "cfg"):
-        if not math.isfinite(settings[flag]):
-            raise ValueError(f"--{flag} is {settings[flag]}: need a finite number")
-    if args.seed < 0:
-        raise ValueError(f"--seed is {args.seed}: need at least 0")
-    if not 0 <= settings["eta"] <= 1:
-        raise ValueError(f"--eta is {settings['eta']}: need 0 ≤ eta ≤ 1")
+    channels = model.config["in_channels"]
+    for flag, value, least, most in (
+            ("--steps", settings["steps"], 1, TRAIN_STEPS), ("--num", settings["num"], 1, 10**6),
+            ("--batch", args.batch, 1, 10**6), ("--seed", args.seed, 0, 2**63), ("--eta", settings["eta"], 0, 1),
+            ("--guide-channels", settings["guide_channels"] or channels, 1, channels),
+            ("--emag", settings["emag"], -1e6, 1e6), ("--cfg", settings["cfg"], -1e6, 1e6)):
+        if not least <= value <= most:
+            raise ValueError(f"{flag} is {value}: need at least {least:g} and at most {most:g}")
     Window(*settings["window"])
     EMAG(model.blocks, settings["layers"], beta=settings["beta"], strength=settings["strength"])
     return settings, classes
 
 
-def check_output(path: Path):
-    """Fails before the sampling, not after it, where `path` cannot be written."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"--out {path}: need a file name that ends in .png")
-    if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"--out {path}: need a file in a folder that exists")
-    try:
-        probe = path.with_name(path.name + ".tmp")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {path}: cannot be written ({error.strerror})") from None
+def check_outputs(args: argparse.Namespace):
+    """Fails before the sampling, not after it, where an output cannot be written."""
+    if args.npz and args.out.suffix == ".png":
+        raise ValueError("--npz: need a folder as --out, whose images it packs")
+    if args.out.suffix not in ("", ".png"):
+        raise ValueError(f"--out {args.out}: need a file name that ends in .png, or a folder")
+    for flag, path in (("--out", args.out), ("--npz", args.npz), ("--latents", args.latents)):
+        if path is None or (flag == "--out" and args.latents):
+            continue
+        if not path.parent.is_dir() or (path.suffix and path.is_dir()) or (not path.suffix and path.is_file()):
+            raise ValueError(f"{flag} {path}: need a {'file' if path.suffix else 'folder'} in a folder that exists")
+        try:
+            probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"{flag} {path}: cannot be written ({error.strerror})") from None
 
 
 def choose_device(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """The device and the network's dtype that --device and --dtype ask for."""
+    """The device and the network's dtype that --device and --dtype ask for; under torchrun, a GPU for each process."""
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if name == "auto":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
         torch.zeros(1, dtype=torch.float64, device=device)
     except (RuntimeError, AssertionError, TypeError, NotImplementedError):
         raise ValueError(f"--device {name}: not usable here, or without float64; need auto, cpu or cuda") from None
@@ -325,37 +419,95 @@ def choose_device(name: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     return device, getattr(torch, dtype)
 
 
+def claim_folder(folder: Path, settings: dict):
+    """Makes the folder with its settings.json, or checks that what is there was made with the same settings."""
+    file = folder / "settings.json"
+    if file.is_file():
+        there = json.loads(file.read_text(encoding="utf-8"))
+        differing = [name for name in settings if there.get(name) != json.loads(json.dumps(settings[name]))]
+        if differing:
+            name = differing[0]
+            raise ValueError(f"--out {folder}: made with {name} {there.get(name)}, not {settings[name]}: "
+                             "give the same settings to go on, or another folder")
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--out {folder}: holds files, and no settings.json: need a new or empty folder")
+    folder.mkdir(exist_ok=True)
+    with whole_file(file) as beside:
+        beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     try:
         args = make_parser().parse_args(argv)
-        check_output(args.out)
+        check_outputs(args)
         device, dtype = choose_device(args.device, args.dtype)
-        model, meta = load_dit(args.ckpt)
+        model, meta = load_dit(args.ckpt, args.heads)
+        if args.flow:
+            meta = meta | dict(prediction="velocity", flow=args.flow)
+        if meta["latent"] and not (args.vae or args.latents):
+            raise ValueError(f"{args.ckpt.name} samples latents: give --vae sd-vae-ft-ema to decode them, "
+                             "or --latents FILE.npy to save them")
+        decoder = load_decoder(args.vae).to(device) if args.vae else None
         settings, classes = resolve(args, model, meta)
+        settings["dtype"] = str(dtype).removeprefix("torch.")
+        to_folder = args.out.suffix == "" and not args.latents
+        if processes > 1 and not to_folder:
+            raise ValueError("torchrun: several processes need a folder as --out")
+        if to_folder:
+            claim_folder(args.out, settings)
     except ValueError as error:
         print(f"sampler.py: {error}", file=sys.stderr)
         return 2
+    if rank == 0:
+        print(json.dumps(settings), flush=True)
+    if processes > 1:
+        torch.distributed.init_process_group("gloo")
     model.to(device, dtype)
-    settings["dtype"] = str(dtype).removeprefix("torch.")
-    num, started, images = settings["num"], time.monotonic(), []
+    num, started, done = settings["num"], time.monotonic(), 0
 
     def progress(step: int):
-        if sys.stderr.isatty():
-            print(f"\r{len(images)} of {num} images done, step {step + 1} of {settings['steps']} ", end="",
-                  file=sys.stderr, flush=True)
+        if sys.stderr.isatty() and rank == 0:
+            print(f"\r{done} of {num} images done, step {step + 1} of {settings['steps']} ", end="", file=sys.stderr,
+                  flush=True)
 
-    for start in range(0, num, args.batch):
+    images, latents = [], []
+    # Batch k holds samples k·B … k·B + B − 1, whoever draws it and however often a run was interrupted.
+    for start in range(rank * args.batch, num, processes * args.batch):
         indices = range(start, min(start + args.batch, num))
+        files = {index: args.out / f"{index:06d}.png" for index in indices}
+        if to_folder and all(file.exists() for file in files.values()):
+            continue
         x, _ = sample(model, meta, [classes[i % len(classes)] for i in indices], indices, settings, progress)
-        images.extend(to_images(x))
-    if sys.stderr.isatty():
+        done += len(indices)
+        if args.latents:
+            latents.append(x.float().cpu().numpy())
+            continue
+        images.extend(to_images(x, decoder))
+        if to_folder:
+            for (index, file), image in zip(files.items(), images):
+                if not file.exists():
+                    save_png(Image.fromarray(image), file, settings | dict(index=index))
+            images.clear()
+    if sys.stderr.isatty() and rank == 0:
         print("\r\033[K", end="", file=sys.stderr)
-    rows = [images[r::len(classes)] for r in range(min(len(classes), num))]
-    grid = draw_grid(rows, [str(name) for name in settings["classes"]], zoom=max(1, 96 // model.config["input_size"]))
-    save_png(grid, args.out, settings)
-    guidance = " ".join(f"{name} {settings[name]:g}" for name in ("emag", "cfg"))
-    print(f"{args.out}: {num} images, {settings['sampler']} {settings['steps']} steps, {guidance}, "
-          f"{time.monotonic() - started:.1f} s")
+
+    if processes > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if args.latents:
+        with whole_file(args.latents) as beside, beside.open("wb") as file:
+            np.save(file, np.concatenate(latents))
+    elif not to_folder:
+        rows = [images[r::len(classes)] for r in range(min(len(classes), num))]
+        save_png(draw_grid(rows, [str(name) for name in settings["classes"]], zoom=max(1, 96 // images[0].shape[0])),
+                 args.out, settings)
+    elif args.npz and rank == 0:
+        save_npz(args.npz, args.out, num)
+    if rank == 0:
+        print(f"{args.latents or args.out}: {num} images, {settings['sampler']} {settings['steps']} steps, "
+              f"emag {settings['emag']:g} cfg {settings['cfg']:g}, {time.monotonic() - started:.1f} s")
     return 0
 
 

@@ -1,11 +1,15 @@
 """All tests: equations against slow loops, hooks against hand-written forwards, samplers against closed forms and
 diffusers, the command line against bad input. Tests that compare with diffusers are skipped where it is not installed.
 """
+import argparse
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import sampler
-from dit import DIT_SIZES, DiT, load_dit
+from dit import DIT_SIZES, DiT, LatentDecoder, load_decoder, load_dit, read_checkpoint
 from emag import (EMAG, Window, blend, cfg_update, deviation, ema_update, emag_update, guide, select_layers, zscore)
 
 HERE = Path(__file__).resolve().parent
@@ -588,8 +592,8 @@ def test_observe_holds_the_average_and_one_chunk(monkeypatch):
 
 
 def draw(model, meta, count, batch, **changes) -> tuple[Tensor, Tensor]:
-    settings = dict(sampler="euler", steps=6, cfg=2.0, emag=2.0, layers=[1, 2, 3], beta=0.9, strength=1.0, uncond=False,
-                    variant="map", threshold=None, window=[1.0, 0.8, 0.2], seed=3, eta=0.0) | changes
+    settings = dict(sampler="euler", steps=6, cfg=2.0, emag=2.0, layers=[1, 2, 3], beta=0.9, strength=1.0,
+                    window=[1.0, 0.8, 0.2], seed=3) | changes
     parts = []
     for start in range(0, count, batch):
         indices = range(start, min(start + batch, count))
@@ -746,8 +750,8 @@ def test_emag_one_is_cfg_bit_for_bit():
         return pred_null + 2.0 * (pred - pred_null)
 
     x, emag = sampler.sample(model, dict(prediction="velocity"), [0, 1, 2], range(3), dict(
-        sampler="euler", steps=6, cfg=2.0, emag=1.0, layers=[1, 2, 3], beta=0.9, strength=1.0, variant="map", eta=0.0,
-        threshold=None, window=[1.0, 0.8, 0.2], seed=3, uncond=False))
+        sampler="euler", steps=6, cfg=2.0, emag=1.0, layers=[1, 2, 3], beta=0.9, strength=1.0, window=[1.0, 0.8, 0.2],
+        seed=3))
     start = sampler.SampleNoise(3, range(3))(torch.empty(3, 3, 8, 8, dtype=F64))
     with torch.inference_mode():
         assert torch.equal(x, sampler.euler(cfg_alone, start, 6))
@@ -833,6 +837,90 @@ def test_euler_is_the_scheduler_of_diffusers(shift):
         x = scheduler.step(curved(x, sigma), t, x, return_dict=False)[0]
     ours = sampler.euler(lambda x, t, step: curved(x, t), start, scheduler.sigmas.tolist())
     torch.testing.assert_close(ours, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [10, 50, 250, 1000])
+def test_respaced_steps_are_those_of_the_official_rule(steps):
+    """improved-diffusion's respacing: a stride of 999 / (n − 1) added up from 0, each sum rounded."""
+    taken, at = [], 0.0
+    for _ in range(steps):
+        taken.append(round(at))
+        at += 999 / (steps - 1)
+    times = sampler.ddpm_times(steps)
+    assert [round(1000 * t) - 1 for t in times[:-1]] == taken[::-1] and times[-1] == 0.0
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_ddpm_is_the_posterior_written_out(learned):
+    """Step by step in scalars, from the betas of the respaced process as the official code builds them."""
+    steps, x = 12, seeded(2, 3, 2, 2)
+    out = lambda x, i: torch.cat([curved(x, i / 1000), torch.tanh(x + i / 500)], dim=1) if learned else curved(x, i / 1000)
+    noises = {i: seeded(2, 3, 2, 2, seed=50 + i) for i in range(steps)}
+    calls = iter(range(steps))
+    ours = sampler.ddpm(lambda x, t, step: out(x, round(1000 * t) - 1), x, steps, noise=lambda x: noises[next(calls)])
+
+    full, alphas_bar = 1.0, []
+    for i in range(1000):
+        full *= 1 - (1e-4 + (0.02 - 1e-4) * i / 999)
+        alphas_bar.append(full)
+    timesteps = [round(i * 999 / (steps - 1)) for i in range(steps)]
+    betas, last = [], 1.0
+    for i in timesteps:
+        betas.append(1 - alphas_bar[i] / last)
+        last = alphas_bar[i]
+    z = x.clone()
+    for k in reversed(range(steps)):
+        product = math.prod(1 - beta for beta in betas[:k + 1])
+        previous = math.prod(1 - beta for beta in betas[:k])
+        prediction = out(z, timesteps[k])
+        for place in np.ndindex(2, 3, 2, 2):
+            b, c, h, w = place
+            x0 = z[place].item() / math.sqrt(product) - math.sqrt(1 / product - 1) * prediction[place].item()
+            mean = (betas[k] * math.sqrt(previous) / (1 - product) * x0
+                    + (1 - previous) * math.sqrt(1 - betas[k]) / (1 - product) * z[place].item())
+            if k > 0:
+                least, most = math.log(betas[k] * (1 - previous) / (1 - product)), math.log(betas[k])
+                share = (prediction[b, c + 3, h, w].item() + 1) / 2 if learned else 1.0
+                mean += math.exp((share * most + (1 - share) * least) / 2) * noises[steps - 1 - k][place].item()
+            z[place] = mean
+    torch.testing.assert_close(ours, z, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("flow, name", [("rf", "euler"), ("rf", "heun"), ("sit", "euler"), ("sit", "heun")])
+def test_times_and_signs_of_velocity_checkpoints(flow, name):
+    """One Gaussian again, its velocity in the checkpoint's own time and sign: samples have its mean and covariance."""
+    seen = []
+
+    class Network:
+        pos_embed = torch.zeros(1, dtype=F64)
+
+        def __call__(self, x, t, y):
+            seen.append(t[0].item())
+            if flow == "rf":                           # 1000·t from noise 1000 to data 0, ε − x₀
+                return torch.cat([gaussian_velocity(x, t[0].item() / 1000, 0), x], dim=1)
+            s = t[0].item()                            # SiT: 0 is noise, 1 data, x_s = s·x₁ + (1−s)·x₀, velocity x₁ − x₀
+            var = s**2 * STD**2 + (1 - s) ** 2
+            off = x - s * MEAN
+            return torch.cat([MEAN + s * STD**2 / var * off - (1 - s) / var * off, x], dim=1)
+
+    net = sampler.network(Network(), dict(prediction="velocity", flow=flow))
+    start = seeded(1000, 2, 1, 1)
+    out = sampler.SAMPLERS["velocity"][name](lambda x, t, step, update=True: net(x, t, None), start, 200)
+    torch.testing.assert_close(out, MEAN + STD * start, rtol=0, atol=0.03)
+    assert out.mean().item() == pytest.approx(MEAN, abs=0.05)
+    assert np.cov(out.flatten(1).T.numpy()) == pytest.approx(STD**2 * np.eye(2), abs=0.02)
+    assert seen[0] == {"rf": 1000, "sit": 0}[flow]
+
+
+def test_the_official_code_guides_three_channels():
+    y, null, x = torch.tensor([0, 1]), torch.tensor([3, 3]), seeded(2, 4, 4, 4)
+    net = lambda x, t, y: torch.cat([toy_net(x, t, y), 2 * toy_net(x, t, y)], dim=1)                # noqa: E731
+    cond, at_null = net(x, 0.5, y), net(x, 0.5, null)
+    expected = cond.clone()
+    expected[:, :3] = (at_null + 3 * (cond - at_null))[:, :3]
+    torch.testing.assert_close(sampler.guided(net, y, null, steps=4, cfg=3.0, channels=3)(x, 0.5, 0), expected)
+    expected[:, 3] = (at_null + 3 * (cond - at_null))[:, 3]          # all that are noise, and never the variance
+    torch.testing.assert_close(sampler.guided(net, y, null, steps=4, cfg=3.0)(x, 0.5, 0), expected)
 
 
 def test_noise_depends_on_seed_and_index_alone():
@@ -1333,6 +1421,138 @@ def test_guide_in_the_pipeline_of_sd3_is_the_loop_written_by_hand(variant, reuse
     assert (latents - plain).abs().max() > 1e-2 and len(emag.trace) == 5
 
 
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+
+def official_names(depth: int = 28, dim: int = 1152, classes: int = 1000, patch: int = 2, channels: int = 4) -> dict:
+    """Every key of an official DiT with its shape, as METHOD section 8 lists them."""
+    names = {"pos_embed": (1, 256, dim), "x_embedder.proj.weight": (dim, channels, patch, patch),
+             "x_embedder.proj.bias": (dim,), "t_embedder.mlp.0.weight": (dim, 256), "t_embedder.mlp.0.bias": (dim,),
+             "t_embedder.mlp.2.weight": (dim, dim), "t_embedder.mlp.2.bias": (dim,),
+             "y_embedder.embedding_table.weight": (classes + 1, dim),
+             "final_layer.adaLN_modulation.1.weight": (2 * dim, dim), "final_layer.adaLN_modulation.1.bias": (2 * dim,),
+             "final_layer.linear.weight": (patch**2 * 2 * channels, dim),
+             "final_layer.linear.bias": (patch**2 * 2 * channels,)}
+    for n in range(depth):
+        for name, rows, columns in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4),
+                                    ("adaLN_modulation.1", 6, 1)):
+            names[f"blocks.{n}.{name}.weight"] = (rows * dim, columns * dim)
+            names[f"blocks.{n}.{name}.bias"] = (rows * dim,)
+    return names
+
+
+def test_every_key_of_the_official_xl_is_there():
+    with torch.device("meta"):
+        model = DiT()
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == official_names()
+
+
+def small_official(learn_sigma: bool = True) -> DiT:
+    """DiT-S/8 on small latents: a size of the table, so that its heads are known."""
+    model = DiT(input_size=16, patch_size=8, hidden_size=384, depth=12, num_heads=6, num_classes=5, learn_sigma=learn_sigma)
+    return randomised(model, std=0.1).float()
+
+
+def dit_inputs(model: DiT) -> tuple[Tensor, ...]:
+    channels, size = model.config["in_channels"], model.config["input_size"]
+    return seeded(3, channels, size, size, dtype=torch.float32), torch.tensor([0.0, 40.0, 999.0]), torch.tensor([0, 4, 5])
+
+
+@pytest.mark.parametrize("layout", ["bare", "training", "safetensors"])
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_official_layouts_round_trip(layout, learn_sigma, tmp_path):
+    model = small_official(learn_sigma)
+    state, path = model.state_dict(), tmp_path / "dit.pt"
+    if layout == "bare":
+        torch.save(state, path)
+    elif layout == "training":
+        noise = {name: torch.randn_like(tensor) for name, tensor in state.items()}
+        torch.save({"model": noise, "ema": state, "opt": {"state": {}}, "args": argparse.Namespace(model="DiT-S/8")}, path)
+    else:
+        path = tmp_path / "dit.safetensors"
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    loaded, meta = load_dit(path)
+    assert loaded.config == model.config and meta["prediction"] == "noise" and meta["latent"]
+    assert torch.equal(loaded(*dit_inputs(model)), model(*dit_inputs(model)))
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F64, torch.int64, torch.bool])
+def test_safetensors_of_any_dtype(dtype, tmp_path):
+    tensors = {"a": (10 * seeded(3, 5)).to(dtype), "b": torch.ones(2, dtype=torch.uint8), "c": torch.tensor(3.5)}
+    pytest.importorskip("safetensors.torch").save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    content, _ = read_checkpoint(tmp_path / "x.safetensors")
+    assert content.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert content[name].dtype == tensor.dtype and torch.equal(content[name], tensor)
+
+
+def diffusers_dit(**changes):
+    """DiT of diffusers with random weights, brought to the official formulas in the two places where it departs.
+
+    It spaces the frequencies of the time features by 1/127 instead of 1/128 (`downscale_freq_shift=1`), and its default
+    norm_eps of 1e-5 reaches the second LayerNorm of a block, where the official code has 1e-6.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
+                  patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4, norm_eps=1e-6)
+    theirs = randomised(diffusers.DiTTransformer2DModel(**(config | changes)), std=0.2).float()
+    embedder = theirs.transformer_blocks[0].norm1.emb
+    embedder.time_proj.downscale_freq_shift = 0
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.load_state_dict(embedder.state_dict())
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return theirs
+
+
+@pytest.mark.parametrize("serialised", ["folder", "bin beside config"])
+@pytest.mark.parametrize("size", [dict(), dict(num_attention_heads=3, attention_head_dim=12, num_layers=5, sample_size=16,
+                                               patch_size=4, out_channels=4, norm_num_groups=6)])
+def test_dit_is_that_of_diffusers(size, serialised, tmp_path):
+    theirs = diffusers_dit(**size)
+    theirs.save_pretrained(tmp_path, safe_serialization=serialised == "folder")
+    ours, _ = load_dit(tmp_path if serialised == "folder" else next(tmp_path.glob("*.bin")))
+    x = seeded(3, 4, theirs.config.sample_size, theirs.config.sample_size, dtype=torch.float32)
+    t, y = torch.tensor([0, 250, 999]), torch.tensor([3, 999, 1000])
+    with torch.no_grad():
+        expected = theirs(x, timestep=t, class_labels=y).sample
+    out = ours(x, t, y)
+    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert ours.config["learn_sigma"] == (out.shape[1] == 8) and ours.null_class == 1000
+
+
+@pytest.mark.parametrize("naming", ["new", "old"])
+def test_decoder_is_that_of_diffusers(naming, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    widths = (32, 64, 96, 96)
+    theirs = randomised(diffusers.AutoencoderKL(
+        block_out_channels=widths, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2), std=0.05).float()
+    if naming == "new":
+        theirs.save_pretrained(tmp_path)
+        path = tmp_path
+    else:
+        path, renamed = tmp_path / "vae.bin", {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        state = theirs.state_dict()
+        for new, old in renamed.items():
+            state = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): part for name, part in state.items()}
+        assert "decoder.mid_block.attentions.0.query.weight" in state
+        torch.save(state, path)
+    ours = load_decoder(path)
+    latents = seeded(2, 4, 6, 10, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs.decode(latents / 0.18215).sample
+    out = ours(latents)
+    assert out.shape == (2, 3, 48, 80) and (out - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_decoder_has_the_widths_of_stable_diffusion():
+    with torch.device("meta"):
+        state = LatentDecoder().state_dict()
+    assert sum(tensor.numel() for tensor in state.values()) == 49_490_199        # SD's decoder and post_quant_conv
+    assert state["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"].shape == (256, 512, 1, 1)
+
+
 # ------------------------------------------------------------------------------------------- the README's recipes
 
 
@@ -1496,9 +1716,11 @@ def test_the_grid_and_its_settings(tmp_path, capsys):
     for scale in (2.0, 2.0, 1.0, 0.0):
         path = tmp_path / "grid.png"
         code, out, err = run_cli(capsys, *QUICK, "--emag", scale, "--out", path)
-        assert (code, err) == (0, "") and out.startswith(f"{path}: 4 images, euler 3 steps")
+        shown, summary = out.splitlines()
+        assert (code, err) == (0, "") and summary.startswith(f"{path}: 4 images, euler 3 steps")
         image = Image.open(path)
         settings = json.loads(image.text["settings"])
+        assert settings == json.loads(shown)
         assert settings["emag"] == scale and settings["steps"] == 3 and settings["classes"] == ["smiley", "flag"]
         assert settings["checkpoint"] == "emoji-flow.pt" and settings["seed"] == 0 and settings["num"] == 4
         pixels = np.asarray(image)
@@ -1530,6 +1752,148 @@ def test_unconditional_ignores_the_classes(tmp_path, capsys):
     assert np.array_equal(*pixels)
 
 
+def folder_pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("*.png"))])
+
+
+MANY = ("--num", "24", "--steps", "4", "--emag", "2", "--batch", "8", "--device", "cpu")
+
+
+def launch(*argv, processes: int = 1, **options) -> subprocess.Popen:
+    start = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--"]
+    return subprocess.Popen([*start, str(HERE / "sampler.py"), *map(str, argv)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def test_many_images_however_they_are_drawn(tmp_path):
+    """In one go, by two processes, and killed halfway and resumed: the same bytes; in other batches: to rounding."""
+    runs = {name: tmp_path / name for name in ("one", "two", "killed", "fives")}
+    one = launch(*MANY, "--out", runs["one"], "--npz", tmp_path / "one.npz")
+    assert one.wait(timeout=120) == 0, one.stderr.read()
+    pixels = folder_pixels(runs["one"])
+    assert pixels.shape == (24, 32, 32, 3) and pixels.std() > 10
+    with np.load(tmp_path / "one.npz") as packed:
+        assert list(packed) == ["arr_0"] and packed["arr_0"].dtype == np.uint8
+        assert np.array_equal(packed["arr_0"], pixels)
+
+    two = launch(*MANY, "--out", runs["two"], "--npz", tmp_path / "two.npz", processes=2)
+    assert two.wait(timeout=120) == 0, two.stderr.read()
+    assert np.array_equal(folder_pixels(runs["two"]), pixels)
+    with np.load(tmp_path / "two.npz") as packed:
+        assert np.array_equal(packed["arr_0"], pixels)
+
+    killed = launch(*MANY, "--out", runs["killed"])
+    while len(list(runs["killed"].glob("*.png"))) < 11 and killed.poll() is None:      # within the second batch
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    there = {file.name: file.stat().st_mtime_ns for file in runs["killed"].glob("*.png")}
+    assert 11 <= len(there) < 24
+    resumed = launch(*MANY, "--out", runs["killed"])
+    assert resumed.wait(timeout=120) == 0, resumed.stderr.read()
+    assert np.array_equal(folder_pixels(runs["killed"]), pixels)
+    assert all((runs["killed"] / name).stat().st_mtime_ns == when for name, when in there.items())     # kept, not redone
+
+    fives = launch(*MANY[:-4], "--batch", "5", "--device", "cpu", "--out", runs["fives"])
+    assert fives.wait(timeout=120) == 0, fives.stderr.read()
+    assert np.abs(folder_pixels(runs["fives"]).astype(int) - pixels).max() <= 1
+
+    text = Image.open(runs["one"] / "000013.png").text
+    assert json.loads(text["settings"]) == json.loads((runs["one"] / "settings.json").read_text()) | dict(index=13)
+
+
+def test_one_process_failing_ends_the_others(tmp_path):
+    """The folder goes away under the processes: torchrun ends the run, and nobody waits at a barrier."""
+    broken = launch(*MANY, "--out", tmp_path / "out", processes=2)
+    while not list((tmp_path / "out").glob("*.png")) and broken.poll() is None:
+        time.sleep(0.002)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    assert broken.wait(timeout=60) != 0
+
+
+def test_resuming_with_other_settings_is_an_error(tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert run_cli(capsys, "--num", 2, "--steps", 2, "--out", folder, "--npz", tmp_path / "a.npz")[0] == 0
+    assert run_cli(capsys, "--num", 2, "--steps", 2, "--out", folder)[0] == 0
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    for change, message in ((("--seed", 5), "made with seed 0, not 5"), (("--emag", 7), "made with emag 2.0, not 7.0"),
+                            (("--num", 3), "made with num 2, not 3")):
+        code, out, err = run_cli(capsys, "--num", 2, "--steps", 2, "--emag", 2, "--out", folder, *change)
+        assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+    (folder / "settings.json").unlink()
+    code, _, err = run_cli(capsys, "--num", 2, "--steps", 2, "--out", folder)
+    assert code == 2 and "no settings.json" in err and "000000.png" in before
+
+
+def test_classes_are_dealt_evenly(tmp_path, capsys):
+    code, *_ = run_cli(capsys, "--num", 9, "--steps", 1, "--out", tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert code == 0 and settings["classes"] == load_dit(DEMO)[1]["class_names"]
+
+
+@pytest.fixture(scope="module")
+def latent_files(tmp_path_factory) -> Path:
+    """A tiny official DiT on 8×8 latents and a tiny autoencoder."""
+    folder = tmp_path_factory.mktemp("latent")
+    model = DiT(input_size=8, patch_size=4, hidden_size=384, depth=12, num_heads=6, num_classes=40)
+    torch.save(randomised(model, std=0.02).float().state_dict(), folder / "dit.pt")
+    decoder = randomised(LatentDecoder((32, 32, 32, 32)), std=0.1).float()
+    torch.save(decoder.state_dict(), folder / "vae.bin")
+    state = {name: tensor for name, tensor in model.state_dict().items() if "blocks.3." not in name}
+    torch.save(state, folder / "short.pt")
+    torch.save({"model": model.state_dict(), "opt": {}, "args": argparse.Namespace()}, folder / "no-ema.pt")
+    odd = DiT(input_size=8, patch_size=4, hidden_size=96, depth=3, num_heads=3, num_classes=4)
+    torch.save(odd.state_dict(), folder / "odd.pt")
+    (folder / "broken.safetensors").write_bytes((10**9).to_bytes(8, "little") + b"{}")
+    return folder
+
+
+@pytest.mark.parametrize("argv", [
+    [], ["--sampler", "ddim", "--eta", "1"], ["--flow", "sit", "--sampler", "heun"], ["--flow", "rf"],
+    ["--guide-channels", "3"], ["--uncond"], ["--dtype", "bfloat16"]], ids=" ".join)
+def test_latent_checkpoints(argv, latent_files, tmp_path, capsys):
+    """Decoded and not decoded, with every way to read such a file: finite, and the decoder is what makes the picture."""
+    common = ["--ckpt", latent_files / "dit.pt", "--steps", 5, "--classes", "3,7", "--num", 4, *argv]
+    code, out, err = run_cli(capsys, *common, "--vae", latent_files / "vae.bin", "--out", tmp_path / "grid.png")
+    assert (code, err) == (0, "")
+    settings = json.loads(out.splitlines()[0])
+    velocity = "--flow" in argv
+    assert settings["layers"] == [5] and settings["cfg"] == (1.0 if "--uncond" in argv else 1.5)
+    assert settings["emag"] == (1.5 if velocity else 3.0)
+    assert settings["window"] == ([1.0, 0.8, 0.2] if velocity else [0.6, 0.4, 0.2])
+    code, _, _ = run_cli(capsys, *common, "--latents", tmp_path / "z.npy")
+    latents = np.load(tmp_path / "z.npy")
+    assert code == 0 and latents.shape == (4, 4, 8, 8) and latents.dtype == np.float32 and np.isfinite(latents).all()
+    tile = np.asarray(Image.open(tmp_path / "grid.png"))[4:68, -136:-72]        # first row, first column
+    expected = sampler.to_images(torch.from_numpy(latents).double(), load_decoder(latent_files / "vae.bin"))[0]
+    assert np.abs(tile.astype(int) - expected).max() <= 1
+
+
+LATENT_BAD = [
+    (["--ckpt", "dit.pt"], "samples latents: give --vae"),
+    (["--ckpt", "dit.pt", "--vae", "missing"], "no such checkpoint"),
+    (["--ckpt", "dit.pt", "--vae", "dit.pt"], "not an autoencoder"),
+    (["--ckpt", "vae.bin"], "this looks like an autoencoder (VAE): pass it as --vae"),
+    (["--ckpt", "short.pt", "--latents", "z.npy"], "10 missing keys, first blocks.3.adaLN_modulation.1.bias"),
+    (["--ckpt", "no-ema.pt"], "a training checkpoint without ema"),
+    (["--ckpt", "odd.pt"], "3 blocks of 96 channels is none of DiT-S, B, L, XL: pass --heads"),
+    (["--ckpt", "odd.pt", "--heads", "7"], "7 heads do not divide 96"),
+    (["--ckpt", "broken.safetensors"], "truncated"),
+    (["--ckpt", "dit.pt", "--vae", "vae.bin"], "--classes: 40 classes are too many for one grid"),
+    (["--ckpt", "dit.pt", "--vae", "vae.bin", "--sampler", "euler", "--classes", "1"], "needs ddim or ddpm"),
+    (["--ckpt", "dit.pt", "--vae", "vae.bin", "--guide-channels", "5", "--classes", "1"], "at most 4"),
+    (["--out", "folder"], "--num: say how many"), (["--out", "dit.pt"], "ends in .png"),
+    (["--npz", "x.npz"], "need a folder as --out"), (["--latents", "nowhere/z.npy"], "a folder that exists"),
+    (["--out", "nowhere/folder", "--num", "1"], "a folder that exists"), (["--flow", "up"], "invalid choice"),
+]
+
+
+@pytest.mark.parametrize("argv, message", LATENT_BAD, ids=[" ".join(argv) for argv, _ in LATENT_BAD])
+def test_bad_files_and_flags_of_latent_checkpoints(argv, message, latent_files, monkeypatch, capsys):
+    test_bad_input_is_one_line_and_leaves_nothing(argv, message, latent_files, monkeypatch, capsys)
+
+
 class RunsCode:
     def __init__(self, path):
         self.path = path
@@ -1554,9 +1918,9 @@ def write_bad_checkpoints(folder: Path):
 BAD_INPUT = [
     (["--ckpt", "missing.pt"], "no such checkpoint"), (["--ckpt", "truncated.pt"], "truncated"),
     (["--ckpt", "empty.pt"], "truncated"), (["--ckpt", "text.pt"], "refused unread"),
-    (["--ckpt", "foreign.pt"], "not a checkpoint of this project"), (["--ckpt", "list.pt"], "not a checkpoint"),
+    (["--ckpt", "foreign.pt"], "not a DiT checkpoint: it holds weight"), (["--ckpt", "list.pt"], "holds a list"),
     (["--ckpt", "code.pt"], "refused unread"), (["--ckpt", "old-code.pt"], "refused unread"),
-    (["--ckpt", "misfit.pt"], "do not fit"), (["--ckpt", "."], "no such checkpoint"),
+    (["--ckpt", "misfit.pt"], "misshapen keys, first blocks.0"), (["--ckpt", "."], "a folder without config.json"),
     (["--classes", "9"], "need all, or of 0…8"), (["--classes", "smiley,emu"], "or activity, animal"),
     (["--classes", ""], "need all"), (["--layers", "12"], "of 0…11"), (["--layers", "4-x"], "need block numbers"),
     (["--layers", "7-4"], "need block numbers"), (["--beta", "1.5"], "0 ≤ beta ≤ 1"),
@@ -1564,10 +1928,10 @@ BAD_INPUT = [
     (["--window", "0.2", "0.8", "1"], "need 1 ≥ start ≥ apply ≥ stop ≥ 0"),
     (["--steps", "0"], "at least 1"), (["--steps", "2.5"], "invalid int"), (["--steps", "1001"], "at most 1000"),
     (["--num", "0"], "at least 1"), (["--batch", "0"], "at least 1"), (["--seed", "-1"], "at least 0"),
-    (["--emag", "inf"], "finite"), (["--emag", "much"], "invalid float"),
+    (["--emag", "inf"], "at most 1e+06"), (["--emag", "much"], "invalid float"),
     (["--sampler", "ddim"], "needs euler or heun"), (["--sampler", "magic"], "invalid choice"),
     (["--magic"], "unrecognized"), (["--device", "abacus"], "--device abacus"),
-    (["--eta", "2"], "0 ≤ eta ≤ 1"),
+    (["--eta", "2"], "at least 0 and at most 1"),
     (["--out", "nowhere/grid.png"], "a folder that exists"), (["--out", "folder.png"], "a folder that exists"),
     (["--out", "grid.bmp"], "ends in .png"), (["--out", "/proc/grid.png"], "cannot be written"),
 ]

@@ -69,7 +69,7 @@ def main():
     to_float = lambda rows: torch.from_numpy(data["images"][rows]).float() / 127.5 - 1          # noqa: E731
     reference = to_float(held_out)
 
-    settings = dict(variant="map", threshold=None, eta=0.0) | meta["settings"] | dict(uncond=False, seed=0)
+    settings = dict(meta["settings"])
     settings["steps"] = args.steps or settings["steps"]
     print(f"{args.ckpt.name}, {len(labels)} samples, {settings['sampler']} {settings['steps']} steps, "
           f"blocks {settings['layers']}, window {settings['window']}\n")
