@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -244,7 +245,7 @@ def draw_grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str], zoom:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to, renamed when all is written: `path` is never half there."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f"{path.name}.tmp{os.environ.get('RANK', '')}")
     try:
         yield beside
         beside.replace(path)
@@ -351,7 +352,7 @@ def resolve(args: argparse.Namespace, model: DiT, meta: dict) -> tuple[dict, lis
 
     Raises ValueError where a setting is out of range.
     """
-    grid, names = args.out.suffix == ".png", meta["class_names"]
+    grid, names = args.out.suffix == ".png" and not args.latents, meta["class_names"]
     given = {name: getattr(args, name) for name in ("emag", "cfg", "guide_channels", "sampler", "steps", "eta", "beta",
                                                     "strength", "variant", "threshold", "window", "num")}
     settings = DEFAULTS | (meta["settings"] or published_settings(model, meta))
@@ -364,7 +365,7 @@ def resolve(args: argparse.Namespace, model: DiT, meta: dict) -> tuple[dict, lis
     classes = parse_classes("all" if args.classes is None else args.classes, model.null_class, names)
     if settings["num"] is None:
         if not grid:
-            raise ValueError("--num: say how many images the folder is to hold")
+            raise ValueError("--num: say how many images to draw")
         settings["num"] = 8 * len(classes)
     if args.uncond:
         settings["cfg"] = 1.0
@@ -390,15 +391,16 @@ def check_outputs(args: argparse.Namespace):
     """Fails before the sampling, not after it, where an output cannot be written."""
     if args.npz and args.out.suffix == ".png":
         raise ValueError("--npz: need a folder as --out, whose images it packs")
-    if args.out.suffix not in ("", ".png"):
+    if args.out.suffix != ".png" and args.out.suffix.lower() in Image.registered_extensions():
         raise ValueError(f"--out {args.out}: need a file name that ends in .png, or a folder")
-    for flag, path in (("--out", args.out), ("--npz", args.npz), ("--latents", args.latents)):
-        if path is None or (flag == "--out" and args.latents):
+    for flag, path, folder in (("--out", None if args.latents else args.out, args.out.suffix != ".png"),
+                               ("--npz", args.npz, False), ("--latents", args.latents, False)):
+        if path is None:
             continue
-        if not path.parent.is_dir() or (path.suffix and path.is_dir()) or (not path.suffix and path.is_file()):
-            raise ValueError(f"{flag} {path}: need a {'file' if path.suffix else 'folder'} in a folder that exists")
+        if not path.parent.is_dir() or (path.is_file() if folder else path.is_dir()):
+            raise ValueError(f"{flag} {path}: need a {'folder' if folder else 'file'} in a folder that exists")
         try:
-            probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+            probe = path.with_name(f"{path.name}.tmp{os.getpid()}")
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -430,7 +432,8 @@ def claim_folder(folder: Path, settings: dict):
             raise ValueError(f"--out {folder}: made with {name} {there.get(name)}, not {settings[name]}: "
                              "give the same settings to go on, or another folder")
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    # Another rank may be writing its settings.json just now.
+    if folder.is_dir() and any(not path.suffix.startswith(".tmp") for path in folder.iterdir()):
         raise ValueError(f"--out {folder}: holds files, and no settings.json: need a new or empty folder")
     folder.mkdir(exist_ok=True)
     with whole_file(file) as beside:
@@ -452,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         decoder = load_decoder(args.vae).to(device) if args.vae else None
         settings, classes = resolve(args, model, meta)
         settings["dtype"] = str(dtype).removeprefix("torch.")
-        to_folder = args.out.suffix == "" and not args.latents
+        to_folder = args.out.suffix != ".png" and not args.latents
         if processes > 1 and not to_folder:
             raise ValueError("torchrun: several processes need a folder as --out")
         if to_folder:
@@ -463,7 +466,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rank == 0:
         print(json.dumps(settings), flush=True)
     if processes > 1:
-        torch.distributed.init_process_group("gloo")
+        # For the barrier at the end alone. torchrun ends all processes when one fails, so there is no need to time out.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     model.to(device, dtype)
     num, started, done = settings["num"], time.monotonic(), 0
 

@@ -1883,7 +1883,8 @@ LATENT_BAD = [
     (["--ckpt", "dit.pt", "--vae", "vae.bin"], "--classes: 40 classes are too many for one grid"),
     (["--ckpt", "dit.pt", "--vae", "vae.bin", "--sampler", "euler", "--classes", "1"], "needs ddim or ddpm"),
     (["--ckpt", "dit.pt", "--vae", "vae.bin", "--guide-channels", "5", "--classes", "1"], "at most 4"),
-    (["--out", "folder"], "--num: say how many"), (["--out", "dit.pt"], "ends in .png"),
+    (["--out", "folder-1.5"], "--num: say how many"), (["--out", "dit.pt"], "need a folder in a folder that exists"),
+    (["--ckpt", "dit.pt", "--latents", "z.npy"], "--num: say how many"),
     (["--npz", "x.npz"], "need a folder as --out"), (["--latents", "nowhere/z.npy"], "a folder that exists"),
     (["--out", "nowhere/folder", "--num", "1"], "a folder that exists"), (["--flow", "up"], "invalid choice"),
 ]
@@ -1933,7 +1934,7 @@ BAD_INPUT = [
     (["--magic"], "unrecognized"), (["--device", "abacus"], "--device abacus"),
     (["--eta", "2"], "at least 0 and at most 1"),
     (["--out", "nowhere/grid.png"], "a folder that exists"), (["--out", "folder.png"], "a folder that exists"),
-    (["--out", "grid.bmp"], "ends in .png"), (["--out", "/proc/grid.png"], "cannot be written"),
+    (["--out", "grid.bmp"], "ends in .png"), (["--out", "grid.PNG"], "ends in .png"), (["--out", "/proc/grid.png"], "cannot be written"),
 ]
 
 

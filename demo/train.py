@@ -1,10 +1,12 @@
 """Trains the demo checkpoint: a small DiT, class-conditional, on emoji at 32×32 RGB.
 
     pip install resvg-py            # draws the SVGs; npm fetches them (9 MB, once)
-    python demo/train.py --minutes 120            # writes demo/emoji-flow.pt
-    python demo/train.py --minutes 120 --resume   # goes on after an interruption
+    python demo/train.py --minutes 120                    # writes demo/emoji-flow.pt
+    python demo/train.py --minutes 120 --resume           # goes on after an interruption
+    python demo/train.py --minutes 120 --predict noise    # writes demo/emoji-eps.pt
 
-Rectified flow: x_t = (1 − t)·x₀ + t·ε, the network predicts v = ε − x₀ at network time 1000·t.
+Rectified flow (velocity): x_t = (1 − t)·x₀ + t·ε, the network predicts v = ε − x₀ at network time 1000·t.
+DDPM (noise): x_i = √ᾱ_i·x₀ + √(1−ᾱ_i)·ε on the linear schedule, the network predicts ε at network time i = 0…999.
 """
 import argparse
 import io
@@ -25,6 +27,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from dit import DiT  # noqa: E402
+from sampler import ALPHAS_BAR, TRAIN_STEPS  # noqa: E402
 
 PACKAGES = {"noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6", "fxemoji": "1.2.2", "emojione": "1.2.3"}
 CLASSES = ["activity", "animal", "flag", "food", "object", "people", "smiley", "symbol", "travel"]
@@ -37,8 +40,8 @@ SKIN_TONE = re.compile(r"skin-tone|-(medium-)?(dark|light)\b|-medium\b")
 CONFIG = dict(input_size=32, patch_size=4, in_channels=3, hidden_size=192, depth=12, num_heads=3,
               num_classes=len(CLASSES), learn_sigma=False)
 # Chosen with bench/quality.py and by eye: demo/README.md says how.
-SETTINGS = dict(sampler="euler", steps=30, cfg=2.5, emag=2.0, layers=[4, 5, 6, 7], beta=0.988, strength=1.0,
-                window=[1.0, 0.8, 0.2])
+SETTINGS = dict(cfg=2.5, emag=2.0, layers=[4, 5, 6, 7], beta=0.988, strength=1.0, window=[1.0, 0.8, 0.2])
+SAMPLING = {"velocity": dict(sampler="euler", steps=30), "noise": dict(sampler="ddim", steps=50)}
 
 
 # ---------------------------------------------------------------------------------------------------------- the data
@@ -124,20 +127,33 @@ def batches(images: np.ndarray, labels: np.ndarray, size: int, seed: int):
 
 # ------------------------------------------------------------------------------------------------------ the training
 
-def flow_loss(net, x0: Tensor, y: Tensor) -> Tensor:
-    """Rectified flow with logit-normal times, labels dropped with probability 0.1."""
+def draw_velocity(x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_t, network time, target) of the rectified flow, times logit-normal."""
     t = torch.randn(len(x0), device=x0.device).sigmoid()
+    at = t[:, None, None, None]
+    return (1 - at) * x0 + at * noise, TRAIN_STEPS * t, noise - x0
+
+
+def draw_noise(x0: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_i, network time, target) of DDPM, timesteps uniform."""
+    i = torch.randint(TRAIN_STEPS, (len(x0),), device=x0.device)
+    a = ALPHAS_BAR.to(x0)[i + 1][:, None, None, None]
+    return a.sqrt() * x0 + (1 - a).sqrt() * noise, i.float(), noise
+
+
+def loss_of(net, draw, x0: Tensor, y: Tensor) -> Tensor:
+    """Mean squared error, labels dropped with probability 0.1."""
     y = torch.where(torch.rand(len(x0), device=x0.device) < 0.1, CONFIG["num_classes"], y)
-    noise = torch.randn_like(x0)
-    x_t = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * noise
+    x_t, t, target = draw(x0, torch.randn_like(x0))
     with torch.autocast(x0.device.type, dtype=torch.bfloat16):
-        v = net(x_t, 1000 * t, y)
-    return (v.float() - (noise - x0)).square().mean()
+        out = net(x_t, t, y)
+    return (out.float() - target).square().mean()
 
 
-def save_checkpoint(path: Path, ema: dict, images_seen: int):
+def save_checkpoint(path: Path, ema: dict, prediction: str, images_seen: int):
     weights = {name: tensor.half() for name, tensor in ema.items()}
-    meta = dict(prediction="velocity", class_names=CLASSES, settings=SETTINGS, images_seen=images_seen)
+    meta = dict(prediction=prediction, class_names=CLASSES, settings=SETTINGS | SAMPLING[prediction],
+                images_seen=images_seen)
     replace(path, dict(model=weights, config=CONFIG, meta=meta))
 
 
@@ -152,11 +168,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, required=True, help="training time; the learning rate ends at zero")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state of this run")
-    parser.add_argument("--out", type=Path, default=HERE / "emoji-flow.pt")
+    parser.add_argument("--predict", choices=["velocity", "noise"], default="velocity")
+    parser.add_argument("--out", type=Path, help="default: emoji-flow.pt or emoji-eps.pt beside this script")
     parser.add_argument("--data", type=Path, default=HERE / "data", help="where the emoji are kept")
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args()
+    out = args.out or HERE / {"velocity": "emoji-flow.pt", "noise": "emoji-eps.pt"}[args.predict]
+    draw = {"velocity": draw_velocity, "noise": draw_noise}[args.predict]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
 
@@ -169,7 +188,7 @@ def main():
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.99), weight_decay=0)]
     step, elapsed = 0, 0.0
-    state_file = args.out.with_suffix(".state")
+    state_file = out.with_suffix(".state")
     if args.resume:
         state = torch.load(state_file, map_location=device, weights_only=True)
         net.load_state_dict(state["net"])
@@ -187,7 +206,7 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * warmup * remaining
         x0, y = (tensor.to(device, non_blocking=True) for tensor in next(stream))
-        loss = flow_loss(compiled, x0, y)
+        loss = loss_of(compiled, draw, x0, y)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -204,7 +223,7 @@ def main():
             print(f"step {step}  {elapsed:.1f} min  loss {running:.4f}", flush=True)
         if time.monotonic() - saved_at > 300 or elapsed >= args.minutes:
             saved_at = time.monotonic()
-            save_checkpoint(args.out, ema, step * args.batch)
+            save_checkpoint(out, ema, args.predict, step * args.batch)
             replace(state_file, dict(net=net.state_dict(), ema=ema, step=step, elapsed=elapsed,
                                      optimizers=[optimizer.state_dict() for optimizer in optimizers]))
 
