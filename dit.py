@@ -318,30 +318,29 @@ def describe(names) -> str:
     return f"it holds {', '.join(sorted(map(str, names))[:3]) or 'nothing'}"
 
 
+DIFFUSERS_NAMES = {"pos_embed.proj": "x_embedder.proj", "transformer_blocks.": "blocks.",
+                   "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+                   "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+                   "norm1.emb.class_embedder": "y_embedder", "norm1.linear": "adaLN_modulation.1",
+                   "attn1.to_q": "attn.qkv", "attn1.to_out.0": "attn.proj", "ff.net.0.proj": "mlp.fc1",
+                   "ff.net.2": "mlp.fc2", "proj_out_1": "final_layer.adaLN_modulation.1",
+                   "proj_out_2": "final_layer.linear"}
+
+
 def from_diffusers(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """Official names for the diffusers layout, which keeps q, k, v apart and a copy of the embedders in every block."""
-    official, embedders = {}, "norm1.emb."
-    renamed = {"pos_embed.proj": "x_embedder.proj", "proj_out_1": "final_layer.adaLN_modulation.1",
-               "proj_out_2": "final_layer.linear", "timestep_embedder.linear_1": "t_embedder.mlp.0",
-               "timestep_embedder.linear_2": "t_embedder.mlp.2", "class_embedder.embedding_table":
-               "y_embedder.embedding_table", "norm1.linear": "adaLN_modulation.1", "attn1.to_out.0": "attn.proj",
-               "ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"}
+    official = {}
     for name, tensor in state.items():
-        stem, _, kind = name.rpartition(".")
-        block, part = re.fullmatch(r"(?:transformer_blocks\.(\d+)\.)?(.*)", stem).groups()
-        if part.startswith(embedders):
-            new = f"{renamed.get(part.removeprefix(embedders), part)}.{kind}"
-            if new in official and not torch.equal(official[new], tensor):
-                raise ValueError(f"{name} differs from the first block's: this DiT has one embedder for all blocks")
-            official[new] = tensor
-        elif part == "attn1.to_q":
-            parts = [state.get(f"transformer_blocks.{block}.attn1.to_{which}.{kind}") for which in "qkv"]
-            if any(each is None for each in parts):
-                raise ValueError(f"{name}: its to_k or to_v is missing")
-            official[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
-        elif part not in ("attn1.to_k", "attn1.to_v", "pos_embed", ""):
-            official[(f"blocks.{block}." if block else "") + f"{renamed.get(part, part)}.{kind}"] = tensor
-    patch, dim = official["x_embedder.proj.weight"].shape[-1], official["x_embedder.proj.weight"].shape[0]
+        if ".to_k." in name or ".to_v." in name or name == "pos_embed.pos_embed":
+            continue
+        if ".to_q." in name:
+            tensor = torch.cat([state[name.replace(".to_q.", f".to_{which}.")] for which in "qkv"])
+        for theirs, ours in DIFFUSERS_NAMES.items():
+            name = name.replace(theirs, ours)
+        name = re.sub(r"^blocks\.\d+\.([ty]_embedder)", r"\1", name)
+        if not torch.equal(official.setdefault(name, tensor), tensor):
+            raise ValueError(f"the blocks' copies of {name} differ: this DiT has one for all")
+    dim, _, _, patch = official["x_embedder.proj.weight"].shape
     official["pos_embed"] = sincos_pos_embed(dim, config["sample_size"] // patch)
     return official
 
@@ -406,7 +405,9 @@ def load_dit(path: str | Path, heads: int | None = None) -> tuple[DiT, dict]:
             raise ValueError(f"not a DiT checkpoint: {describe(state)}")
         with torch.device("meta"):
             model = DiT(**config_of(state, heads))
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from None
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return load_into(model, state, path), dict(prediction="noise", class_names=[], settings={}, latent=True)
 

@@ -854,7 +854,11 @@ def test_respaced_steps_are_those_of_the_official_rule(steps):
 def test_ddpm_is_the_posterior_written_out(learned):
     """Step by step in scalars, from the betas of the respaced process as the official code builds them."""
     steps, x = 12, seeded(2, 3, 2, 2)
-    out = lambda x, i: torch.cat([curved(x, i / 1000), torch.tanh(x + i / 500)], dim=1) if learned else curved(x, i / 1000)
+
+    def out(x, i):
+        eps = curved(x, i / 1000)
+        return torch.cat([eps, torch.tanh(x + i / 500)], dim=1) if learned else eps
+
     noises = {i: seeded(2, 3, 2, 2, seed=50 + i) for i in range(steps)}
     calls = iter(range(steps))
     ours = sampler.ddpm(lambda x, t, step: out(x, round(1000 * t) - 1), x, steps, noise=lambda x: noises[next(calls)])
@@ -898,7 +902,7 @@ def test_times_and_signs_of_velocity_checkpoints(flow, name):
             seen.append(t[0].item())
             if flow == "rf":                           # 1000·t from noise 1000 to data 0, ε − x₀
                 return torch.cat([gaussian_velocity(x, t[0].item() / 1000, 0), x], dim=1)
-            s = t[0].item()                            # SiT: 0 is noise, 1 data, x_s = s·x₁ + (1−s)·x₀, velocity x₁ − x₀
+            s = t[0].item()                            # SiT: 0 noise, 1 data, x_s = s·x₁ + (1−s)·x₀, velocity x₁ − x₀
             var = s**2 * STD**2 + (1 - s) ** 2
             off = x - s * MEAN
             return torch.cat([MEAN + s * STD**2 / var * off - (1 - s) / var * off, x], dim=1)
@@ -1449,13 +1453,15 @@ def test_every_key_of_the_official_xl_is_there():
 
 def small_official(learn_sigma: bool = True) -> DiT:
     """DiT-S/8 on small latents: a size of the table, so that its heads are known."""
-    model = DiT(input_size=16, patch_size=8, hidden_size=384, depth=12, num_heads=6, num_classes=5, learn_sigma=learn_sigma)
+    model = DiT(input_size=16, patch_size=8, hidden_size=384, depth=12, num_heads=6, num_classes=5,
+                learn_sigma=learn_sigma)
     return randomised(model, std=0.1).float()
 
 
 def dit_inputs(model: DiT) -> tuple[Tensor, ...]:
     channels, size = model.config["in_channels"], model.config["input_size"]
-    return seeded(3, channels, size, size, dtype=torch.float32), torch.tensor([0.0, 40.0, 999.0]), torch.tensor([0, 4, 5])
+    x = seeded(3, channels, size, size, dtype=torch.float32)
+    return x, torch.tensor([0.0, 40.0, 999.0]), torch.tensor([0, 4, 5])
 
 
 @pytest.mark.parametrize("layout", ["bare", "training", "safetensors"])
@@ -1467,7 +1473,8 @@ def test_official_layouts_round_trip(layout, learn_sigma, tmp_path):
         torch.save(state, path)
     elif layout == "training":
         noise = {name: torch.randn_like(tensor) for name, tensor in state.items()}
-        torch.save({"model": noise, "ema": state, "opt": {"state": {}}, "args": argparse.Namespace(model="DiT-S/8")}, path)
+        args = argparse.Namespace(model="DiT-S/8")
+        torch.save({"model": noise, "ema": state, "opt": {"state": {}}, "args": args}, path)
     else:
         path = tmp_path / "dit.safetensors"
         pytest.importorskip("safetensors.torch").save_file(state, path)
@@ -1494,8 +1501,8 @@ def diffusers_dit(**changes):
     norm_eps of 1e-5 reaches the second LayerNorm of a block, where the official code has 1e-6.
     """
     diffusers = pytest.importorskip("diffusers")
-    config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3, sample_size=8,
-                  patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4, norm_eps=1e-6)
+    config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3,
+                  sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4, norm_eps=1e-6)
     theirs = randomised(diffusers.DiTTransformer2DModel(**(config | changes)), std=0.2).float()
     embedder = theirs.transformer_blocks[0].norm1.emb
     embedder.time_proj.downscale_freq_shift = 0
@@ -1506,8 +1513,8 @@ def diffusers_dit(**changes):
 
 
 @pytest.mark.parametrize("serialised", ["folder", "bin beside config"])
-@pytest.mark.parametrize("size", [dict(), dict(num_attention_heads=3, attention_head_dim=12, num_layers=5, sample_size=16,
-                                               patch_size=4, out_channels=4, norm_num_groups=6)])
+@pytest.mark.parametrize("size", [dict(), dict(num_attention_heads=3, attention_head_dim=12, num_layers=5,
+                                               sample_size=16, patch_size=4, out_channels=4, norm_num_groups=6)])
 def test_dit_is_that_of_diffusers(size, serialised, tmp_path):
     theirs = diffusers_dit(**size)
     theirs.save_pretrained(tmp_path, safe_serialization=serialised == "folder")
@@ -1519,6 +1526,28 @@ def test_dit_is_that_of_diffusers(size, serialised, tmp_path):
     out = ours(x, t, y)
     assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
     assert ours.config["learn_sigma"] == (out.shape[1] == 8) and ours.null_class == 1000
+
+
+def test_diffusers_files_that_do_not_fit_say_why(tmp_path):
+    theirs = diffusers_dit()
+    state = theirs.state_dict()
+    torch.save(state, tmp_path / "alone.bin")
+    with pytest.raises(ValueError, match="need config.json beside the file"):
+        load_dit(tmp_path / "alone.bin")
+    (tmp_path / "config.json").write_text(json.dumps(dict(theirs.config)))
+    load_dit(tmp_path / "alone.bin")
+    for name, change, message in (
+            ("transformer_blocks.2.norm1.emb.class_embedder.embedding_table.weight", lambda x: x + 1, "y_emb.* differ"),
+            ("transformer_blocks.1.attn1.to_k.weight", None, "attn1.to_k.weight' is missing"),
+            ("transformer_blocks.1.ff.net.2.bias", None, "1 missing keys, first blocks.1.mlp.fc2.bias"),
+            ("transformer_blocks.1.ff.net.2.bias", lambda x: x[1:], "1 misshapen keys, first blocks.1.mlp.fc2.bias"),
+            ("transformer_blocks.1.attn2.to_out.0.bias", lambda x: torch.zeros(1), "1 unexpected keys, first blocks.1")):
+        changed = {key: tensor for key, tensor in state.items() if key != name}
+        if change:
+            changed[name] = change(state.get(name))
+        torch.save(changed, tmp_path / "changed.bin")
+        with pytest.raises(ValueError, match=message):
+            load_dit(tmp_path / "changed.bin")
 
 
 @pytest.mark.parametrize("naming", ["new", "old"])
@@ -1793,7 +1822,7 @@ def test_many_images_however_they_are_drawn(tmp_path):
     resumed = launch(*MANY, "--out", runs["killed"])
     assert resumed.wait(timeout=120) == 0, resumed.stderr.read()
     assert np.array_equal(folder_pixels(runs["killed"]), pixels)
-    assert all((runs["killed"] / name).stat().st_mtime_ns == when for name, when in there.items())     # kept, not redone
+    assert all((runs["killed"] / name).stat().st_mtime_ns == when for name, when in there.items())     # kept
 
     fives = launch(*MANY[:-4], "--batch", "5", "--device", "cpu", "--out", runs["fives"])
     assert fives.wait(timeout=120) == 0, fives.stderr.read()
@@ -1853,7 +1882,7 @@ def latent_files(tmp_path_factory) -> Path:
     [], ["--sampler", "ddim", "--eta", "1"], ["--flow", "sit", "--sampler", "heun"], ["--flow", "rf"],
     ["--guide-channels", "3"], ["--uncond"], ["--dtype", "bfloat16"]], ids=" ".join)
 def test_latent_checkpoints(argv, latent_files, tmp_path, capsys):
-    """Decoded and not decoded, with every way to read such a file: finite, and the decoder is what makes the picture."""
+    """Decoded and not decoded, with every way to read such a file: finite, and the decoder makes the picture."""
     common = ["--ckpt", latent_files / "dit.pt", "--steps", 5, "--classes", "3,7", "--num", 4, *argv]
     code, out, err = run_cli(capsys, *common, "--vae", latent_files / "vae.bin", "--out", tmp_path / "grid.png")
     assert (code, err) == (0, "")
@@ -1934,7 +1963,8 @@ BAD_INPUT = [
     (["--magic"], "unrecognized"), (["--device", "abacus"], "--device abacus"),
     (["--eta", "2"], "at least 0 and at most 1"),
     (["--out", "nowhere/grid.png"], "a folder that exists"), (["--out", "folder.png"], "a folder that exists"),
-    (["--out", "grid.bmp"], "ends in .png"), (["--out", "grid.PNG"], "ends in .png"), (["--out", "/proc/grid.png"], "cannot be written"),
+    (["--out", "grid.bmp"], "ends in .png"), (["--out", "grid.PNG"], "ends in .png"),
+    (["--out", "/proc/grid.png"], "cannot be written"),
 ]
 
 
