@@ -5,8 +5,8 @@
     python bench/overhead.py --model DiT-XL/2 --dtype bf16          # on a GPU
     python bench/overhead.py --model SD3 --dtype bf16
 
-All rows are measured in one run, in turns, so that a machine that slows down slows all of them; each is the median over
-the rounds of its ratio to CFG in the same round. Weights are random: they decide which block is selected and nothing
+The trajectories of one table run side by side, a step of each in turn, so that a machine that slows down slows all of
+them; a ratio is that of the summed seconds, and the median over the rounds. Weights are random: they decide which block is selected and nothing
 else about the cost. The floor counts passes alone (`floor` below).
 
 "authors' flow" is the structure of the paper's own code, at every step: a pass that makes the attention maps in the
@@ -17,6 +17,7 @@ import argparse
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dit import DIT_SIZES, DiT  # noqa: E402
 from emag import EMAG, Window, cfg_update, emag_update  # noqa: E402
-from sampler import euler, guided, network  # noqa: E402
+from sampler import flow_times, guided, network  # noqa: E402
 
 BETA, SCALE, CFG = 0.988, 1.5, 7.0
 DIT_WINDOW, SD3_WINDOW = Window(0.6, 0.4, 0.2), Window(1.0, 0.8, 0.2)
@@ -101,6 +102,20 @@ def floor(emag: EMAG, window: Window, steps: int) -> float:
     return 1 + sum(len(emag.blocks) - start for start in starts) / (2 * len(emag.blocks) * steps)
 
 
+@torch.inference_mode()
+def side_by_side(predicts: dict, x: Tensor, times: list[float]) -> dict[str, float]:
+    """Seconds that each guidance takes for an Euler trajectory over `times`, all of them advanced a step in turn."""
+    states, seconds = dict.fromkeys(predicts, x), dict.fromkeys(predicts, 0.0)
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        for label, predict in predicts.items():
+            started = time.perf_counter()
+            states[label] = states[label] + (t_next - t) * predict(states[label], t, step)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            seconds[label] += time.perf_counter() - started
+    return seconds
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="small",
@@ -130,65 +145,36 @@ def main():
     y, null = (torch.full((args.batch,), label, device=device) for label in labels)
     x = torch.randn(args.batch, channels, side, side, dtype=torch.float64).to(device)
 
-    def timed(predict, steps: int) -> tuple[float, float]:
-        """Seconds and, on a GPU, GiB at the peak."""
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        euler(predict, x, steps)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started, torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-
-    def plain(steps):
-        return lambda: timed(guided(net, y, null, steps=steps, cfg=CFG), steps)
-
-    def with_emag(emag, window, steps):
-        return lambda: timed(guided(net, y, null, steps=steps, cfg=CFG, emag=emag, emag_scale=SCALE, window=window),
-                             steps)
-
     sd3_layers = range(depth // 4, depth // 3 + 1)                                # 6–8 of 24, 7–9 of 28
     groups = [("SD3", args.steps[1], SD3_WINDOW, sd3_layers)] if joint else [
         ("DiT", args.steps[0], DIT_WINDOW, range(depth * 12 // 28, depth * 16 // 28)),
         ("SD3", args.steps[1], SD3_WINDOW, sd3_layers)]
-    runs, floors = {}, {}
-    for name, steps, window, layers in groups:
-        runs[name, "CFG"] = plain(steps)
-        variants = {"EMAG": {}, "EMAG without reuse": dict(reuse=False)}
-        if joint:
-            variants |= {"EMAG-I": dict(variant="image"), "EMAG-Q": dict(variant="query")}
-        for label, options in variants.items():
-            emag = EMAG(blocks, layers, beta=BETA, image_tokens=image_tokens, **options)
-            runs[name, label] = with_emag(emag, window, steps)
-            floors[name, label] = lambda emag=emag, window=window, steps=steps: floor(emag, window, steps)
-        if not joint:
-            runs[name, "authors' flow"] = lambda layers=layers, steps=steps: timed(
-                AuthorsFlow(copy, copy_net, y, null, layers), steps)
-
-    measured = {key: [] for key in runs}
-    with torch.inference_mode():
-        timed(guided(net, y, null, steps=2, cfg=CFG), 2)                          # warm up
-        for _ in range(args.rounds):
-            for key, run in runs.items():
-                measured[key].append(run())
-
     machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.model}: {depth} blocks, {args.dtype}, batch {args.batch}, {args.rounds} rounds, {machine}, "
           f"torch {torch.__version__}\n")
-    print("| settings | guidance | time / CFG | lowest…highest | floor | seconds | GiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| settings | guidance | time / CFG | lowest…highest | floor | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for name, steps, window, layers in groups:
-        settings = (f"{name}: {steps} steps, blocks {layers[0]}–{layers[-1]}, window {window.start:g}/{window.apply:g}/"
-                    f"{window.stop:g}")
-        for (group, label), values in measured.items():
-            if group == name:
-                ratios = [seconds / base for (seconds, _), (base, _) in zip(values, measured[name, "CFG"])]
-                seconds, memory = statistics.median(value[0] for value in values), max(value[1] for value in values)
-                least = f"{floors[group, label]():.3f}" if label in ("EMAG", "EMAG-I", "EMAG-Q") else ""
-                print(f"| {settings} | {label} | {statistics.median(ratios):.3f} | "
-                      f"{min(ratios):.3f}…{max(ratios):.3f} | {least} | {seconds:.1f} | "
-                      f"{f'{memory:.1f}' if memory else ''} |")
+        variants = {"EMAG": {}, "EMAG without reuse": dict(reuse=False)}
+        if joint:
+            variants |= {"EMAG-I": dict(variant="image"), "EMAG-Q": dict(variant="query")}
+        emags = {label: EMAG(blocks, layers, beta=BETA, image_tokens=image_tokens, **options)
+                 for label, options in variants.items()}
+        measured = []
+        for _ in range(1 + args.rounds):
+            predicts = {"CFG": guided(net, y, null, steps=steps, cfg=CFG)}
+            for label, emag in emags.items():
+                predicts[label] = guided(net, y, null, steps=steps, cfg=CFG, emag=emag, emag_scale=SCALE, window=window)
+            if not joint:
+                predicts["authors' flow"] = AuthorsFlow(copy, copy_net, y, null, layers)
+            # The round before the first warms up, and a few steps are enough for that.
+            measured.append(side_by_side(predicts, x, flow_times(steps)[:None if measured else 3]))
+        for label in predicts:
+            ratios = [seconds[label] / seconds["CFG"] for seconds in measured[1:]]
+            least = f"{floor(emags[label], window, steps):.3f}" if label in emags and emags[label].reuse else ""
+            print(f"| {name}: {steps} steps, blocks {layers[0]}–{layers[-1]}, window {window.start:g}/{window.apply:g}/"
+                  f"{window.stop:g} | {label} | {statistics.median(ratios):.3f} | {min(ratios):.3f}…{max(ratios):.3f} | "
+                  f"{least} | {statistics.median(seconds[label] for seconds in measured[1:]):.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ CATEGORIES = {"Activities": "activity", "Animals & Nature": "animal", "Nature": 
 SKIN_TONE = re.compile(r"skin-tone|-(medium-)?(dark|light)\b|-medium\b")
 CONFIG = dict(input_size=32, patch_size=4, in_channels=3, hidden_size=192, depth=12, num_heads=3,
               num_classes=len(CLASSES), learn_sigma=False)
-# Chosen with bench/quality.py and by eye: demo/README.md says how.
+# Chosen by eye and with bench/quality.py: demo/README.md says how.
 SETTINGS = dict(cfg=2.5, emag=2.0, layers=[4, 5, 6, 7], beta=0.988, strength=1.0, window=[1.0, 0.8, 0.2])
 SAMPLING = {"velocity": dict(sampler="euler", steps=30), "noise": dict(sampler="ddim", steps=50)}
 
