@@ -204,8 +204,8 @@ def sample(model: DiT, meta: dict, labels: Sequence[int], indices: Sequence[int]
     emag = EMAG(model.blocks, settings["layers"], beta=settings["beta"], strength=settings["strength"],
                 variant=settings["variant"], threshold=settings["threshold"])
     predict = guided(network(model, meta, variance=settings["sampler"] == "ddpm"), y, null, steps=settings["steps"],
-                     cfg=1.0 if settings["uncond"] else settings["cfg"], emag=emag, emag_scale=settings["emag"],
-                     window=Window(*settings["window"]), channels=settings["guide_channels"])
+                     cfg=settings["cfg"], emag=emag, emag_scale=settings["emag"], window=Window(*settings["window"]),
+                     channels=settings["guide_channels"])
 
     def reporting(x: Tensor, t: float, step: int, update: bool = True) -> Tensor:
         progress(step)
