@@ -3,7 +3,7 @@
     pip install resvg-py            # draws the SVGs; npm fetches them (9 MB, once)
     python demo/train.py --minutes 120                    # writes demo/emoji-flow.pt
     python demo/train.py --minutes 120 --resume           # goes on after an interruption
-    python demo/train.py --minutes 120 --predict noise    # writes demo/emoji-eps.pt
+    python demo/train.py --minutes 60 --predict noise --start demo/emoji-flow.pt      # writes demo/emoji-eps.pt
 
 Rectified flow (velocity): x_t = (1 − t)·x₀ + t·ε, the network predicts v = ε − x₀ at network time 1000·t.
 DDPM (noise): x_i = √ᾱ_i·x₀ + √(1−ᾱ_i)·ε on the linear schedule, the network predicts ε at network time i = 0…999.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from dit import DiT  # noqa: E402
+from dit import DiT, load_dit  # noqa: E402
 from sampler import ALPHAS_BAR, TRAIN_STEPS  # noqa: E402
 
 PACKAGES = {"noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6", "fxemoji": "1.2.2", "emojione": "1.2.3"}
@@ -168,6 +168,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, required=True, help="training time; the learning rate ends at zero")
     parser.add_argument("--resume", action="store_true", help="go on from the last saved state of this run")
+    parser.add_argument("--start", type=Path, help="checkpoint whose weights the run starts from, of either prediction")
     parser.add_argument("--predict", choices=["velocity", "noise"], default="velocity")
     parser.add_argument("--out", type=Path, help="default: emoji-flow.pt or emoji-eps.pt beside this script")
     parser.add_argument("--data", type=Path, default=HERE / "data", help="where the emoji are kept")
@@ -182,6 +183,11 @@ def main():
     data = load_data(args.data)
     keep = ~data["held_out"]
     net = DiT(**CONFIG).to(device)
+    seen = 0
+    if args.start:
+        start, meta = load_dit(args.start)
+        net.load_state_dict(start.state_dict())
+        seen = meta["images_seen"]
     ema = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
     matrices = [p for name, p in net.named_parameters() if p.ndim == 2 and name.startswith("blocks.")]
     others = [p for p in net.parameters() if p.requires_grad and not any(p is m for m in matrices)]
@@ -192,7 +198,7 @@ def main():
     if args.resume:
         state = torch.load(state_file, map_location=device, weights_only=True)
         net.load_state_dict(state["net"])
-        ema, step, elapsed = state["ema"], state["step"], state["elapsed"]
+        ema, step, elapsed, seen = state["ema"], state["step"], state["elapsed"], state["seen"]
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
     stream = batches(data["images"][keep], data["labels"][keep], args.batch, seed=step)
@@ -223,8 +229,8 @@ def main():
             print(f"step {step}  {elapsed:.1f} min  loss {running:.4f}", flush=True)
         if time.monotonic() - saved_at > 300 or elapsed >= args.minutes:
             saved_at = time.monotonic()
-            save_checkpoint(out, ema, args.predict, step * args.batch)
-            replace(state_file, dict(net=net.state_dict(), ema=ema, step=step, elapsed=elapsed,
+            save_checkpoint(out, ema, args.predict, seen + step * args.batch)
+            replace(state_file, dict(net=net.state_dict(), ema=ema, step=step, elapsed=elapsed, seen=seen,
                                      optimizers=[optimizer.state_dict() for optimizer in optimizers]))
 
 
