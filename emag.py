@@ -195,10 +195,14 @@ def _map_tensors(function: Callable[[Tensor], Tensor], tree):
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """What one observed step found, on the CPU: each (B, L), a column a candidate block, in the order they run."""
+    """What one observed step found, on the CPU: each (B, L), a column a candidate block, in the order they run.
+
+    attention (B, L, 2, N): a query token's rows of A_t and E_t, means over heads, where EMAG was given a query_token.
+    """
     deviation: Tensor
     zscore: Tensor
     selected: Tensor
+    attention: Tensor | None = None
 
 
 class EMAG:
@@ -217,13 +221,15 @@ class EMAG:
     image_tokens: the slice of the token sequence that holds image tokens, None where all do.
     reuse: blocks before the first selected one give again what they gave in the clean pass.
     ema_dtype: of the maps and their average.
+    query_token: an image token, whose attention the trace is to hold, to be looked at.
 
     Raises ValueError where an argument is out of range, RuntimeError where the model or the order of calls cannot work.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], layers: Iterable[int], *, beta: float = 0.988,
                  strength: float = 1.0, variant: str = "map", threshold: float | None = None,
-                 image_tokens: slice | None = None, reuse: bool = True, ema_dtype: torch.dtype = torch.float32):
+                 image_tokens: slice | None = None, reuse: bool = True, ema_dtype: torch.dtype = torch.float32,
+                 query_token: int | None = None):
         self.blocks, self.layers = list(blocks), sorted(set(layers))
         if not self.layers or self.layers[0] < 0 or self.layers[-1] >= len(self.blocks):
             raise ValueError(f"layers {self.layers}: need at least one of 0…{len(self.blocks) - 1}")
@@ -236,7 +242,7 @@ class EMAG:
             raise ValueError("ema_dtype bfloat16 has 8 bits, too few to hold a step of 1−β: need float32 or float16")
         self.beta, self.strength, self.variant, self.threshold = beta, strength, variant, threshold
         self.image_tokens = slice(None) if image_tokens is None else image_tokens
-        self.reuse, self.ema_dtype = reuse, ema_dtype
+        self.reuse, self.ema_dtype, self.query_token = reuse, ema_dtype, query_token
         self.reset()
 
     def reset(self):
@@ -249,6 +255,7 @@ class EMAG:
         self._ran: set[int] = set()                       # candidates reached by the pass that is on, or the last one
         self._batch: int | None = None                    # samples observed
         self._deviation: dict[int, Tensor] = {}           # candidate → Δ (B,)
+        self._attention: dict[int, Tensor] = {}           # candidate → the query token's rows of A and E (B, 2, N)
         self._clean: dict[int, _AttentionCall] = {}       # candidate → the call behind A_t, where Ã needs A_t
         self._outputs: dict[int, object] = {}             # block → what it gave for the observed rows
 
@@ -296,7 +303,9 @@ class EMAG:
             raise
         if update:
             dev = torch.stack([self._deviation[index] for index in self.layers], dim=1).double().cpu()
-            self.trace.append(Observation(dev, zscore(dev), select_layers(dev, self.threshold)))
+            rows = [self._attention[index] for index in self.layers if self.query_token is not None]
+            self.trace.append(Observation(dev, zscore(dev), select_layers(dev, self.threshold),
+                                          torch.stack(rows, dim=1).cpu() if rows else None))
 
     def _observe_block(self, index: int, rows, update: bool, forward: Callable, *args, **kwargs):
         if index in self.layers:
@@ -326,6 +335,8 @@ class EMAG:
         if update:
             with torch.no_grad():
                 self._deviation[index] = self._advance(index, clean)
+                if self.query_token is not None:
+                    self._attention[index] = self._attention_rows(index, clean)
         return call.attend()
 
     def _advance(self, index: int, clean: _AttentionCall) -> Tensor:
@@ -356,6 +367,20 @@ class EMAG:
         attn = call.map(heads, self.image_tokens, self.ema_dtype)
         # A copy, so that E does not keep the text columns alive.
         return attn[..., self.image_tokens].clone() if self.variant == "image" else attn
+
+    def _attention_rows(self, index: int, clean: _AttentionCall) -> Tensor:
+        """The query token's rows of A_t and of E_t (EMAG-Q: of the map that E^q makes), means over heads: (B, 2, N)."""
+        token = range(clean.query.shape[2])[self.image_tokens][self.query_token]
+        row = slice(token, token + 1)
+        ema = torch.cat([chunk[:, :, self.query_token, None] for chunk in self._ema[index]], dim=1)
+        attn = clean.map(slice(None), row, self.ema_dtype)
+        if self.variant == "image":
+            attn = attn[..., self.image_tokens]
+        elif self.variant == "query":
+            query = clean.query.clone()
+            query[:, :, row] = ema.to(query.dtype)
+            ema = dataclasses.replace(clean, query=query).map(slice(None), row, self.ema_dtype)
+        return torch.cat([attn, ema], dim=2).mean(dim=1)
 
     @staticmethod
     def _head_chunks(call: _AttentionCall) -> Iterator[slice]:

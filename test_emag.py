@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from dit import DIT_SIZES, DiT, LatentDecoder, load_decoder, load_dit, read_chec
 from emag import (EMAG, Window, blend, cfg_update, deviation, ema_update, emag_update, guide, select_layers, zscore)
 
 HERE = Path(__file__).resolve().parent
-DEMO = HERE / "demo" / "emoji-flow.pt"
+DEMO, EPS = (HERE / "demo" / name for name in ("emoji-flow.pt", "emoji-eps.pt"))
 F64 = torch.float64
 
 
@@ -171,7 +172,7 @@ def dit_by_hand(model: DiT, x: Tensor, t: Tensor, y: Tensor, replace={}) -> tupl
     """DiT's forward with plain attention; `replace` maps (block, sample) to the map used there. Also gives the maps."""
     heads, maps = model.config["num_heads"], {}
     h = model.x_embedder(x) + model.pos_embed
-    c = model.t_embedder(t) + model.y_embedder(y)
+    c = model.t_embedder(t) + (y if y.is_floating_point() else model.y_embedder(y))
     for n, block in enumerate(model.blocks):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
             part[:, None] for part in block.adaLN_modulation(c).chunk(6, dim=1))
@@ -684,24 +685,61 @@ def test_a_scale_that_is_off_costs_no_pass(cfg, scale, passes):
         assert net.samples == passes[step]
 
 
-@pytest.mark.parametrize("uncond, cfg", [(False, 1.0), (False, 2.5), (True, 1.0)])
+def apg_by_hand(cond: Tensor, null: Tensor, scale: float, d_prev, eta: float, norm: float, momentum: float):
+    """METHOD's section 6, a sample at a time, with the sums written out; also gives d."""
+    guided, directions = [], []
+    for b in range(len(cond)):
+        d = cond[b] - null[b] + (0 if d_prev is None else momentum * d_prev[b])
+        directions.append(d)
+        length = math.sqrt(sum(value**2 for value in d.flatten().tolist()))
+        d = d * min(1.0, norm / length)
+        parallel = (d * cond[b]).sum() / (cond[b] * cond[b]).sum() * cond[b]
+        guided.append(cond[b] + (scale - 1) * ((d - parallel) + eta * parallel))
+    return torch.stack(guided), directions
+
+
+def cads_by_hand(y: Tensor, t: float, n: Tensor | None, tau1: float, tau2: float, s: float, psi: float) -> Tensor:
+    """METHOD's section 6, a number at a time."""
+    gamma = 1 if t <= tau1 else 0 if t >= tau2 else (tau2 - t) / (tau2 - tau1)
+    if gamma == 1:
+        return y
+    out = []
+    for b in range(len(y)):
+        clean = y[b].tolist()
+        noisy = [math.sqrt(gamma) * number + s * math.sqrt(1 - gamma) * extra
+                 for number, extra in zip(clean, n[b].tolist())]
+        ratio = statistics.pstdev(clean) / statistics.pstdev(noisy)
+        rescaled = [(value - statistics.fmean(noisy)) * ratio + statistics.fmean(clean) for value in noisy]
+        out.append([psi * new + (1 - psi) * old for new, old in zip(rescaled, noisy)])
+    return torch.tensor(out, dtype=y.dtype)
+
+
 @pytest.mark.parametrize("name", ["euler", "heun", "ddim"])
-def test_a_guided_trajectory_against_the_equations_written_out(name, uncond, cfg):
+@pytest.mark.parametrize("uncond, cfg, apg, cads", [
+    (False, 1.0, None, None), (False, 2.5, None, None), (True, 1.0, None, None), (False, 2.5, [0.3, 3.0, -0.5], None),
+    (False, 1.0, None, [0.5, 0.95, 0.3, 0.8]), (False, 2.5, [0.3, 3.0, -0.5], [0.5, 0.95, 0.3, 0.8])])
+def test_a_guided_trajectory_against_the_equations_written_out(name, uncond, cfg, apg, cads):
     """Whole trajectories, sampler and guidance: the oracle shares the table of ᾱ and the noise with the code."""
     model, steps, scale, window = small_dit(), 6, 2.0, (1.0, 0.8, 0.2)
     prediction = "noise" if name == "ddim" else "velocity"
-    settings = dict(sampler=name, steps=steps, cfg=cfg, emag=scale, window=window, uncond=uncond)
+    settings = dict(sampler=name, steps=steps, cfg=cfg, emag=scale, window=window, uncond=uncond, apg=apg, cads=cads)
     x, _ = draw(model, dict(prediction=prediction), 3, 3, **settings)
 
     class ByHand:
         by_hand = staticmethod(lambda *args, **kw: dit_by_hand(model, *args, **kw))
-    slow = SlowEMAG(ByHand, (1, 2, 3), beta=0.9)
-    y = torch.full((3,), 3) if uncond else torch.tensor([0, 1, 2])
+    slow, noise = SlowEMAG(ByHand, (1, 2, 3), beta=0.9), sampler.SampleNoise(3, range(3))
+    z = noise(torch.empty(3, 3, 8, 8, dtype=F64))
+    labels = torch.full((3,), 3) if uncond else torch.tensor([0, 1, 2])
+    y, directions = None, {-1: None}
 
     def predict(x, t, step, update=True):
+        nonlocal y
         times = torch.full((3,), 1000 * t - (prediction == "noise"))
         left = steps - 1 - step
         observed, perturbed = 1 <= left <= 5, 1 <= left <= 4              # round(0.2·5), round(0.8·5)
+        if update:
+            embedding = model.y_embedder.embedding_table.weight[labels]
+            y = labels if not cads else cads_by_hand(embedding, t, noise(embedding) if t > cads[0] else None, *cads)
         if observed and update:
             pred = slow.clean(x, times, y)
         else:
@@ -712,9 +750,20 @@ def test_a_guided_trajectory_against_the_equations_written_out(name, uncond, cfg
         if cfg == 1:
             return pred
         pred_null = dit_by_hand(model, x, times, torch.full((3,), 3))[0]
-        return pred_null + cfg * (pred - pred_null)
+        if not apg:
+            return pred_null + cfg * (pred - pred_null)
+        a = sampler.ALPHAS_BAR[round(1000 * t)]
+        signal, spread = (a.sqrt(), (1 - a).sqrt()) if prediction == "noise" else (1 - t, t)
+        if prediction == "noise":                                         # x = signal·x̂₀ + spread·ε
+            denoised = [(x - spread * each) / signal for each in (pred, pred_null)]
+        else:                                                             # v = ε − x̂₀ in the same x
+            denoised = [x - spread * each for each in (pred, pred_null)]
+        guided, direction = apg_by_hand(*denoised, cfg, directions[step - 1], *apg)
+        if update:
+            directions[step] = direction
+        eps = (x - signal * guided) / spread
+        return eps if prediction == "noise" else eps - guided
 
-    z = sampler.SampleNoise(3, range(3))(torch.empty(3, 3, 8, 8, dtype=F64))
     if name == "ddim":
         indices = [999, 799, 599, 400, 200, 0]
         for step, i in enumerate(indices):
@@ -756,6 +805,157 @@ def test_emag_one_is_cfg_bit_for_bit():
     with torch.inference_mode():
         assert torch.equal(x, sampler.euler(cfg_alone, start, 6))
     assert emag.trace == []
+
+
+# ------------------------------------------------------------------------------------------------------ APG and CADS
+
+RUN = dict(steps=6, cfg=2.0, emag=2.0, layers=[1, 2, 3], beta=0.9, strength=1.0, window=[1.0, 0.8, 0.2], seed=3)
+
+
+def run_small(name: str, **changes) -> Tensor:
+    """Three samples of a small random DiT that predicts what the sampler `name` needs."""
+    meta = dict(prediction="noise" if name in ("ddim", "ddpm") else "velocity")
+    return sampler.sample(small_dit(), meta, [0, 1, 2], range(3), RUN | dict(sampler=name) | changes)[0]
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@pytest.mark.parametrize("eta, norm, momentum", [(0.0, 5.0, -0.5), (1.0, math.inf, 0.0), (0.4, 11.0, 0.3),
+                                                 (0.0, math.inf, -0.75)])
+def test_apg_is_the_normalized_guidance_of_diffusers(eta, norm, momentum, dtype):
+    theirs = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
+    buffer, d = theirs.MomentumBuffer(momentum), 0.0
+    for step in range(5):
+        cond, null = (seeded(3, 4, 6, 6, seed=2 * step + which, dtype=dtype) for which in (0, 1))
+        guided, d = sampler.apg(cond, null, 4.0, d, eta, norm, momentum)
+        expected = theirs.normalized_guidance(cond, null, 4.0 - 1, buffer, eta, 0.0 if norm == math.inf else norm,
+                                              use_original_formulation=True)
+        torch.testing.assert_close(guided.to(dtype), expected, rtol=0, atol=1e-12 if dtype == F64 else 2e-5)
+
+
+def test_apg_moves_at_right_angles_and_no_further_than_the_norm():
+    cond, null = seeded(2, 3, 4, 4), seeded(2, 3, 4, 4, seed=1)
+    null[1] = cond[1] + 0.01 * null[1]                                              # this sample is not clipped
+    across, _ = sampler.apg(cond, null, 3.0, eta=0.0, norm=1.0)
+    assert ((across - cond) * cond).flatten(1).sum(dim=1).abs().max() < 1e-12
+    whole, _ = sampler.apg(cond, null, 3.0, eta=1.0, norm=1.0)
+    expected = torch.tensor([1.0, (cond[1] - null[1]).norm()]) * (3.0 - 1)
+    torch.testing.assert_close((whole - cond).flatten(1).norm(dim=1), expected.double(), rtol=1e-6, atol=0)
+
+
+def test_apg_of_nothing_is_finite():
+    nothing = torch.zeros(1, 3, 4, 4)
+    guided, _ = sampler.apg(nothing, nothing, 3.0, eta=0.5, norm=5.0)
+    assert torch.equal(guided, nothing.double())
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "ddim", "ddpm"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_apg_that_keeps_everything_is_cfg(name, scale):
+    plain, kept, projected = (run_small(name, emag=scale, apg=apg) for apg in (
+        None, [1.0, math.inf, 0.0], [0.0, math.inf, 0.0]))
+    torch.testing.assert_close(kept, plain, rtol=1e-7, atol=1e-7)
+    assert (projected - plain).abs().max() > 1e-2
+
+
+def test_apg_with_emag_off_is_apg_alone_bit_for_bit():
+    model, meta = small_dit(), dict(prediction="velocity")
+    net, d, options = sampler.network(model, meta), 0.0, (0.0, 3.0, -0.5)
+    y, null = torch.arange(3), torch.full((3,), 3)
+
+    def apg_alone(x, t, step):
+        nonlocal d
+        pred, pred_null = net(torch.cat([x, x]), t, torch.cat([y, null])).chunk(2)
+        x0, d = sampler.apg(x - t * pred, x - t * pred_null, 2.0, d, *options)
+        return (x - x0) / t
+
+    x, emag = sampler.sample(model, meta, [0, 1, 2], range(3), RUN | dict(sampler="euler", emag=1.0, apg=options))
+    with torch.inference_mode():
+        start = sampler.SampleNoise(3, range(3))(torch.empty(3, 3, 8, 8, dtype=F64))
+        assert torch.equal(x, sampler.euler(apg_alone, start, 6))
+    assert emag.trace == []
+
+
+def test_apg_guides_the_chosen_channels_alone():
+    """Norm, projection and guided prediction are those of the first channels; the others stay conditional."""
+    net = lambda x, t, y: toy_net(x, t, y).cumsum(dim=1)                                            # noqa: E731
+    x, y, null = seeded(2, 4, 4, 4), torch.tensor([0, 1]), torch.tensor([3, 3])
+    guided = sampler.guided(net, y, null, steps=1, cfg=3.0, channels=3, apg_settings=(0.0, 1.0, 0.0))(x, 0.5, 0)
+    cond, at_null = net(x, 0.5, y), net(x, 0.5, null)
+    first, _ = apg_by_hand((x - 0.5 * cond)[:, :3], (x - 0.5 * at_null)[:, :3], 3.0, None, 0.0, 1.0, 0.0)
+    torch.testing.assert_close(guided, torch.cat([(x[:, :3] - first) / 0.5, cond[:, 3:]], dim=1))
+
+
+def test_conversions_go_there_and_back():
+    x0, eps = seeded(2, 3, 4, 4), seeded(2, 3, 4, 4, seed=1)
+    for t in (0.001, 0.25, 1.0):
+        x = (1 - t) * x0 + t * eps
+        torch.testing.assert_close(sampler.velocity_to_x0(eps - x0, x, t), x0)
+        torch.testing.assert_close(sampler.x0_to_velocity(x0, x, t), eps - x0, rtol=1e-6, atol=1e-9)
+        a = sampler.ALPHAS_BAR[round(1000 * t)]
+        x = a.sqrt() * x0 + (1 - a).sqrt() * eps
+        torch.testing.assert_close(sampler.noise_to_x0(eps, x, t), x0)
+        torch.testing.assert_close(sampler.x0_to_noise(x0, x, t), eps)
+
+
+@pytest.mark.parametrize("bounds", [(0.6, 0.9), (0.5, 0.5), (0.0, 1.0), (0.9, 0.95), (0.0, 0.0)])
+@pytest.mark.parametrize("psi", [1.0, 0.4, 0.0])
+def test_cads_number_by_number(bounds, psi):
+    y, noise = 0.7 + 2 * seeded(3, 10), seeded(3, 10, seed=1)
+    for t in (0.0, 0.3, 0.5, 0.6, 0.75, 0.9, 1.0):
+        noisy = sampler.cads(y, t, lambda like: noise, *bounds, 0.25, psi)
+        torch.testing.assert_close(noisy, cads_by_hand(y, t, noise, *bounds, 0.25, psi))
+        if psi == 1:
+            torch.testing.assert_close(torch.std_mean(noisy, dim=1), torch.std_mean(y, dim=1))
+
+
+def test_cads_draws_nothing_and_changes_nothing_where_gamma_is_one():
+    y = seeded(2, 6, dtype=torch.float32)
+    assert sampler.cads(y, 0.6, pytest.fail, 0.6, 0.9, 0.25, 1.0) is y
+
+
+@pytest.mark.parametrize("name, eta", [("euler", 0.0), ("heun", 0.0), ("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0)])
+def test_cads_that_is_over_from_the_start_is_no_cads_bit_for_bit(name, eta):
+    without, never, some = (run_small(name, eta=eta, cads=cads) for cads in (
+        None, [1.0, 1.0, 0.25, 1.0], [0.5, 0.9, 0.25, 1.0]))
+    assert torch.equal(without, never) and (some - without).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["heun", "ddpm"])
+def test_cads_and_apg_do_not_depend_on_the_batch(name):
+    model, meta = small_dit(), dict(prediction="noise" if name == "ddpm" else "velocity")
+    settings = dict(sampler=name, cads=[0.3, 0.9, 0.25, 1.0], apg=[0.0, 3.0, -0.5])
+    together, _ = draw(model, meta, 8, 8, **settings)
+    apart, _ = draw(model, meta, 8, 1, **settings)
+    torch.testing.assert_close(apart, together, rtol=1e-9, atol=1e-9)
+
+
+def test_one_noisy_condition_a_step():
+    """The clean and the negative pass, and both evaluations of Heun's step, see the same; each step another. And
+    `watch` is told of each step once, with its clean and its negative prediction."""
+    seen, out, told = [], [], []
+
+    def net(x, t, y):
+        seen.append((t, y[:2]))                                           # the conditional half
+        out.append(case.model(x, torch.full((len(x),), 1000 * t), y))
+        return out[-1]
+
+    case = Case("dit", batch=2)
+    y, null = (case.model.y_embedder(torch.tensor(labels)) for labels in ([0, 1], [3, 3]))
+    predict = sampler.guided(net, y, null, steps=3, cfg=2.0, emag=case.emag(), emag_scale=2.0,
+                             window=Window(1.0, 1.0, 0.0), cads_settings=(0.0, 1.0, 0.25, 1.0),
+                             watch=lambda *step: told.append(step))
+    sampler.heun(predict, case.inputs(0)[0], 3)
+    assert [t for t, _ in seen] == pytest.approx([1, 1, 2 / 3, 2 / 3, 2 / 3, 2 / 3, 1 / 3, 1 / 3, 1 / 3, 1 / 3])
+    steps = [seen[:4], seen[4:8], seen[8:]]
+    for calls in steps:
+        assert all(torch.equal(condition, calls[0][1]) for _, condition in calls)
+    assert not torch.equal(steps[0][0][1], steps[1][0][1]) and not torch.equal(steps[1][0][1], steps[2][0][1])
+    assert not torch.equal(steps[2][0][1], y)
+    for step, (number, t, _, clean, negative) in enumerate(told):
+        first = 4 * step                                                  # passes: two evaluations of two each
+        assert (number, t) == (step, seen[first][0])
+        assert torch.equal(clean, out[first][:2]) and torch.equal(negative, out[first + 1])
+    assert len(told) == 3
 
 
 # -------------------------------------------------------------------------------------------------------- samplers
@@ -884,7 +1084,7 @@ def test_ddpm_is_the_posterior_written_out(learned):
                     + (1 - previous) * math.sqrt(1 - betas[k]) / (1 - product) * z[place].item())
             if k > 0:
                 least, most = math.log(betas[k] * (1 - previous) / (1 - product)), math.log(betas[k])
-                share = (prediction[b, c + 3, h, w].item() + 1) / 2 if learned else 1.0
+                share = (prediction[b, c + 3, h, w].item() + 1) / 2 if learned else 0.0
                 mean += math.exp((share * most + (1 - share) * least) / 2) * noises[steps - 1 - k][place].item()
             z[place] = mean
     torch.testing.assert_close(ours, z, rtol=1e-8, atol=1e-8)
@@ -1764,11 +1964,132 @@ def test_every_flag_reaches_the_run(tmp_path, capsys):
     path = tmp_path / "grid.png"
     code, _, err = run_cli(capsys, *QUICK, "--out", path, "--sampler", "heun", "--cfg", 3, "--layers", "2-4,6",
                            "--beta", 0.5, "--strength", 0.5, "--threshold", 0.7, "--window", 0.9, 0.7, 0.1, "--seed", 9,
-                           "--batch", 3, "--device", "cpu", "--dtype", "float32", "--variant", "map", "--emag", 1.5)
+                           "--batch", 3, "--device", "cpu", "--dtype", "float32", "--variant", "map", "--emag", 1.5,
+                           "--apg", 0.1, "inf", -0.2, "--cads", 0.5, 0.8, 0.1, 0.9)
     assert (code, err) == (0, "")
     settings = json.loads(Image.open(path).text["settings"])
     assert settings == settings | dict(sampler="heun", cfg=3.0, layers=[2, 3, 4, 6], beta=0.5, strength=0.5, emag=1.5,
-                                       threshold=0.7, window=[0.9, 0.7, 0.1], seed=9, dtype="float32", uncond=False)
+                                       threshold=0.7, window=[0.9, 0.7, 0.1], seed=9, dtype="float32", uncond=False,
+                                       apg=[0.1, math.inf, -0.2], cads=[0.5, 0.8, 0.1, 0.9])
+
+
+EXTRAS = {"": [], "APG": ["--apg"], "CADS": ["--cads"], "APG + CADS": ["--apg", "--cads"]}
+
+
+@pytest.mark.parametrize("extra", EXTRAS.values(), ids=EXTRAS)
+@pytest.mark.parametrize("guidance", ["none", "CFG", "EMAG", "EMAG + CFG"])
+@pytest.mark.parametrize("name", ["euler", "heun", "ddim", "ddpm"])
+def test_whatever_makes_sense_together_runs(name, guidance, extra, tmp_path, capsys):
+    path = tmp_path / "x.npy"
+    code, _, err = run_cli(capsys, *QUICK[:-1], 2, "--sampler", name, "--ckpt", EPS if name.startswith("dd") else DEMO,
+                           "--emag", 2 if "EMAG" in guidance else 1, "--cfg", 2.5 if "CFG" in guidance else 1, *extra,
+                           "--latents", path)
+    if "--apg" in extra and "CFG" not in guidance:
+        assert code == 2 and err.startswith("sampler.py: --apg: ") and err.count("\n") == 1 and not path.exists()
+    else:
+        x = np.load(path)
+        assert code == 0 and x.shape == (2, 3, 32, 32) and np.isfinite(x).all() and 0.1 < x.std() < 10
+
+
+def tiles(path: Path, count: int) -> np.ndarray:
+    """The images of a grid with `count` columns, without the labels: (rows, count, 96, 96, 3)."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))[4:, -100 * count:]
+    return pixels.reshape(-1, 100, count, 100, 3)[:, :96, :, :96].transpose(0, 2, 1, 3, 4)
+
+
+def test_compare_draws_what_each_guidance_draws_alone(tmp_path, capsys):
+    common = ("--steps", 4, "--classes", "smiley,flag,food", "--num", 3, "--emag", 3, "--cfg", 2)
+    code, out, err = run_cli(capsys, *common, "--apg", 0.5, 4, -0.25, "--compare", "--out", tmp_path / "compare.png")
+    assert (code, err) == (0, "")
+    compared = tiles(tmp_path / "compare.png", 3)
+    rows = json.loads(Image.open(tmp_path / "compare.png").text["settings"])
+    assert [label.split("\n")[0] for label in rows] == ["no guidance", "CFG", "EMAG", "EMAG + APG", "EMAG + CADS"]
+    assert compared.shape[:2] == (5, 3) and "\nw_e 3, w 2\neta 0.5, norm 4,\nmomentum -0.25" in list(rows)[3]
+    alone = [["--emag", 1, "--cfg", 1], ["--emag", 1], [], ["--apg", 0.5, 4, -0.25], ["--cads"]]
+    for row, flags in zip(compared, alone):
+        run_cli(capsys, *common, *flags, "--out", tmp_path / "alone.png")
+        assert np.array_equal(row, tiles(tmp_path / "alone.png", 1)[:, 0])
+    assert len({row.tobytes() for row in compared}) == 5
+
+
+@pytest.mark.parametrize("case_name, variant", [("dit", "map"), ("dit", "image"), ("wild", "map")])
+def test_the_trace_holds_a_query_tokens_rows(case_name, variant):
+    case, slow = Case(case_name), SlowEMAG(Case(case_name), (1, 2, 3), beta=0.9)
+    tokens = slice(2, 8) if variant == "image" else slice(None)
+    emag = case.emag(beta=0.9, query_token=3, variant=variant, image_tokens=tokens)
+    columns, row = (tokens, 2 + 3) if variant == "image" else (slice(None), 3)
+    for step in range(4):
+        with emag.observe():
+            case.model(*case.inputs(step))
+        slow.clean(*case.inputs(step))
+        for b in range(3):
+            for n, layer in enumerate((1, 2, 3)):
+                live, average = emag.trace[-1].attention[b, n]
+                torch.testing.assert_close(live, slow.maps[layer][b][:, row, columns].mean(dim=0))
+                torch.testing.assert_close(average, slow.ema[layer, b][:, row, columns].mean(dim=0))
+    assert case.emag().query_token is None and EMAG(case.blocks, [1]).trace == []
+
+
+@pytest.mark.parametrize("name", ["positional", "boolean mask", "grouped heads"])
+def test_the_trace_of_emag_q_shows_the_map_of_the_average_query(name):
+    call, expected = CALLS[name]
+    block, first, second = EyeBlock(call), eye_inputs(0), eye_inputs(1)
+    emag = EMAG([block], [0], variant="query", beta=0.75, ema_dtype=F64, query_token=2)
+    for x in (first, second):
+        with emag.observe():
+            block(x)
+    average = torch.cat([(0.75 * first + 0.25 * second)[..., :20], second[..., 20:]], dim=-1)      # the queries alone
+    live, averaged = emag.trace[-1].attention[:, 0].unbind(dim=1)
+    torch.testing.assert_close(live, map_by_hand(second, **expected)[:, :, 2].mean(dim=1))
+    torch.testing.assert_close(averaged, map_by_hand(average, **expected)[:, :, 2].mean(dim=1))
+
+
+@pytest.mark.parametrize("sampler_name, ckpt", [("heun", DEMO), ("ddpm", EPS)])
+def test_trace_draws_what_happened(sampler_name, ckpt, tmp_path, capsys):
+    """The picture read back: grey where nothing was observed, outlines on the selected blocks, x̂₀ in the tiles."""
+    steps, count, path = 11, 5, tmp_path / "trace.png"
+    code, _, err = run_cli(capsys, "--ckpt", ckpt, "--sampler", sampler_name, "--steps", steps, "--num", count,
+                           "--window", 1, 0.7, 0.3, "--threshold", 1, "--trace", path, "--out", tmp_path / "grid.png")
+    assert (code, err) == (0, "") and {file.name for file in tmp_path.iterdir()} == {"trace.png", "grid.png"}
+    page = Image.open(path)
+    settings, told = json.loads(page.text["settings"]), []
+    model, meta = load_dit(ckpt)
+    _, emag = sampler.sample(model, meta, range(count), range(count), settings, lambda *step: told.append(step))
+    pixels, cell, height = np.asarray(page.convert("RGB")), 660 // steps, 30
+    grey, black, left, top = (232, 232, 232), (0, 0, 0), 84, 84
+    selected = {step: entry.selected for step, entry in enumerate(emag.trace)}       # the window is open from step 0 on
+    assert sorted(selected) == list(range(8)) and any(each[0, 1:].any() for each in selected.values())
+    shares = top + 4 * height + 10 + 2 * 17 + 54
+    for step in range(steps):
+        for row in range(4):
+            x, y = left + step * cell, top + row * height
+            outlined = [tuple(pixels[y + edge, x + cell // 2]) == black for edge in (0, height - 1)]
+            assert all(outlined) == any(outlined) == (step in selected and bool(selected[step][0, row]))
+            assert (tuple(pixels[y + height // 2, x + cell // 2]) == grey) == (step not in selected)
+            share = float(selected[step][:, row].double().mean()) if step in selected else math.nan
+            shown = tuple(pixels[shares + row * height + height // 2, x + cell // 2].tolist())
+            assert shown == {0.0: (255, 255, 255), 1.0: black, 0.4: (136, 116, 181)}.get(share, shown)
+            assert (shown == grey) == math.isnan(share)
+    bars = pixels[[top + 4 * height + 15, top + 4 * height + 32], left:left + steps * cell][:, cell // 2::cell]
+    assert [(bar != 255).any(axis=-1).nonzero()[0].tolist() for bar in bars] == [list(range(8)), [3, 4, 5, 6, 7]]
+    perturbed = [step for step, *_, negative in told if negative is not None]
+    assert perturbed == [3, 4, 5, 6, 7]
+    for column, step in enumerate((3, 5, 7)):
+        _, t, x, clean, negative = told[step]
+        for row, pred in enumerate((clean, negative)):
+            a = sampler.ALPHAS_BAR[round(1000 * t)]
+            x0 = x - t * pred if ckpt == DEMO else (x - (1 - a).sqrt() * pred) / a.sqrt()
+            expected = ((x0[0] + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+            y, edge = top + row * 126, left + steps * cell + 130 + column * 126
+            shown = np.asarray(Image.fromarray(expected).resize((120, 120), Image.Resampling.NEAREST))
+            assert np.array_equal(pixels[y + 1:y + 119, edge + 1:edge + 119], shown[1:-1, 1:-1])
+
+
+@pytest.mark.parametrize("flags", [["--layers", "5"], ["--layers", "0-11", "--variant", "image"],
+                                   ["--variant", "query"], ["--steps", 1], ["--steps", 250, "--num", 1], ["--uncond"], ["--apg", "--cads"]])
+def test_trace_of_other_settings(flags, tmp_path, capsys):
+    code, _, err = run_cli(capsys, *QUICK, *flags, "--trace", tmp_path / "trace.png", "--out", tmp_path / "grid.png")
+    assert (code, err) == (0, "") and Image.open(tmp_path / "trace.png").width < 1400
 
 
 def test_unconditional_ignores_the_classes(tmp_path, capsys):
@@ -1965,6 +2286,16 @@ BAD_INPUT = [
     (["--out", "nowhere/grid.png"], "a folder that exists"), (["--out", "folder.png"], "a folder that exists"),
     (["--out", "grid.bmp"], "ends in .png"), (["--out", "grid.PNG"], "ends in .png"),
     (["--out", "/proc/grid.png"], "cannot be written"),
+    (["--apg", "1", "2"], "need 3 numbers, or none for 0 5 -0.5"), (["--cads", "0.5"], "need 4 numbers, or none"),
+    (["--apg", "--cfg", "1"], "w = 1 makes none"), (["--apg", "--uncond"], "w = 1 makes none"),
+    (["--apg", "0", "0", "0"], "NORM > 0"), (["--apg", "0", "5", "-1"], "−1 < MOMENTUM < 1"),
+    (["--apg", "nan", "5", "0"], "ETA ≥ 0"), (["--cads", "--uncond"], "--uncond has none"),
+    (["--cads", "0.9", "0.6", "0.1", "1"], "TAU1 ≤ TAU2"), (["--cads", "0.6", "0.9", "0", "1"], "S > 0"),
+    (["--cads", "0.6", "0.9", "0.1", "1.5"], "PSI ≤ 1"), (["--compare", "--uncond"], "neither --uncond nor --trace"),
+    (["--compare", "--emag", "1"], "other than 1"), (["--compare", "--out", "new", "--num", "4"], "a .png as --out"),
+    (["--compare", "--trace", "trace.png"], "nor --trace"), (["--trace", "trace.png", "--emag", "1"], "other than 1"),
+    (["--trace", "trace.png", "--out", "new", "--num", "4"], "a .png as --out"), (["--trace", "trace.jpg"], "in .png"),
+    (["--trace", "samples.png"], "another than --out"), (["--trace", "nowhere/trace.png"], "a folder that exists"),
 ]
 
 

@@ -6,8 +6,8 @@
     python bench/overhead.py --model SD3 --dtype bf16
 
 The trajectories of one table run side by side, a step of each in turn, so that a machine that slows down slows all of
-them; a ratio is that of the summed seconds, and the median over the rounds. Weights are random: they decide which block is selected and nothing
-else about the cost. The floor counts passes alone (`floor` below).
+them; a ratio is that of the summed seconds, and the median over the rounds. Weights are random: they decide which
+block is selected and nothing else about the cost. The floor counts passes alone (`floor` below).
 
 "authors' flow" is the structure of the paper's own code, at every step: a pass that makes the attention maps in the
 candidate blocks for both halves of the batch, then a whole second pass, for both halves, that makes them again and
@@ -30,6 +30,7 @@ from emag import EMAG, Window, cfg_update, emag_update  # noqa: E402
 from sampler import flow_times, guided, network  # noqa: E402
 
 BETA, SCALE, CFG = 0.988, 1.5, 7.0
+APG, CADS = dict(apg_settings=(0.0, 5.0, -0.5)), dict(cads_settings=(0.6, 0.9, 0.005, 1.0))
 DIT_WINDOW, SD3_WINDOW = Window(0.6, 0.4, 0.2), Window(1.0, 0.8, 0.2)
 
 
@@ -143,6 +144,8 @@ def main():
         copy_net = network(copy, dict(prediction="velocity"))
     depth = len(blocks)
     y, null = (torch.full((args.batch,), label, device=device) for label in labels)
+    if not joint:
+        y, null = model.y_embedder(y), model.y_embedder(null)              # CADS puts its noise on embeddings
     x = torch.randn(args.batch, channels, side, side, dtype=torch.float64).to(device)
 
     sd3_layers = range(depth // 4, depth // 3 + 1)                                # 6–8 of 24, 7–9 of 28
@@ -155,16 +158,18 @@ def main():
     print("| settings | guidance | time / CFG | lowest…highest | floor | seconds |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, steps, window, layers in groups:
-        variants = {"EMAG": {}, "EMAG without reuse": dict(reuse=False)}
+        rows = {"no guidance": (None, dict(cfg=1.0)), "CFG": (None, {}), "EMAG": ({}, {}),
+                "EMAG without reuse": (dict(reuse=False), {}), "EMAG-Q": (dict(variant="query"), {})}
         if joint:
-            variants |= {"EMAG-I": dict(variant="image"), "EMAG-Q": dict(variant="query")}
+            rows["EMAG-I"] = (dict(variant="image"), {})
+        else:
+            rows |= {"APG": (None, APG), "CADS": (None, CADS), "EMAG + APG": ({}, APG), "EMAG + CADS": ({}, CADS)}
         emags = {label: EMAG(blocks, layers, beta=BETA, image_tokens=image_tokens, **options)
-                 for label, options in variants.items()}
+                 for label, (options, _) in rows.items() if options is not None}
         measured = []
         for _ in range(1 + args.rounds):
-            predicts = {"CFG": guided(net, y, null, steps=steps, cfg=CFG)}
-            for label, emag in emags.items():
-                predicts[label] = guided(net, y, null, steps=steps, cfg=CFG, emag=emag, emag_scale=SCALE, window=window)
+            predicts = {label: guided(net, y, null, steps=steps, emag=emags.get(label), emag_scale=SCALE, window=window,
+                                      **(dict(cfg=CFG) | options)) for label, (_, options) in rows.items()}
             if not joint:
                 predicts["authors' flow"] = AuthorsFlow(copy, copy_net, y, null, layers)
             # The round before the first warms up, and a few steps are enough for that.
