@@ -370,8 +370,10 @@ class EMAG:
 
     def _attention_rows(self, index: int, clean: _AttentionCall) -> Tensor:
         """The query token's rows of A_t and of E_t (EMAG-Q: of the map that E^q makes), means over heads: (B, 2, N)."""
-        token = range(clean.query.shape[2])[self.image_tokens][self.query_token]
-        row = slice(token, token + 1)
+        tokens = range(clean.query.shape[2])[self.image_tokens]
+        if not 0 <= self.query_token < len(tokens):
+            raise RuntimeError(f"query_token is {self.query_token}: need one of the {len(tokens)} image tokens, from 0")
+        row = slice(tokens[self.query_token], tokens[self.query_token] + 1)
         ema = torch.cat([chunk[:, :, self.query_token, None] for chunk in self._ema[index]], dim=1)
         attn = clean.map(slice(None), row, self.ema_dtype)
         if self.variant == "image":

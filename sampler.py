@@ -355,7 +355,7 @@ def draw_comparison(model: DiT, meta: dict, decoder: LatentDecoder | None, label
             images.extend(to_images(x.to(model.pos_embed.device), decoder))
         rows.append(images)
         row_labels.append(f"{label}\n{seconds / len(labels):.2g} s an image")
-    return draw_grid(rows, row_labels, zoom=max(1, 96 // images[0].shape[0]))
+    return draw_grid(rows, row_labels, zoom=math.ceil(96 / images[0].shape[0]))                   # 5 lines of label
 
 
 def shade(values: np.ndarray, *colors: str) -> np.ndarray:

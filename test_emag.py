@@ -537,6 +537,9 @@ def test_wrong_use_is_one_clear_line(case):
         pass
     with pytest.raises(RuntimeError, match="call reset"), emag.observe(slice(0, 2)):
         case.model(*case.inputs(0))
+    with pytest.raises(RuntimeError, match="one of the 3 image tokens"), \
+            case.emag(query_token=3, image_tokens=slice(2, 5)).observe():
+        case.model(*case.inputs(0))
 
 
 @pytest.mark.parametrize("options, message", [
@@ -1048,6 +1051,14 @@ def test_respaced_steps_are_those_of_the_official_rule(steps):
         at += 999 / (steps - 1)
     times = sampler.ddpm_times(steps)
     assert [round(1000 * t) - 1 for t in times[:-1]] == taken[::-1] and times[-1] == 0.0
+
+
+def test_ddpm_with_a_fixed_variance_is_ddim_at_eta_one():
+    x, noises = seeded(2, 3, 2, 2), [seeded(2, 3, 2, 2, seed=50 + i) for i in range(20)]
+    predict = lambda x, t, step: curved(x, t)                                                       # noqa: E731
+    ours, theirs = (run(predict, x, 20, noise=lambda like, calls=iter(noises): next(calls), **options)
+                    for run, options in ((sampler.ddpm, {}), (sampler.ddim, dict(eta=1.0))))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("learned", [True, False])
@@ -2218,6 +2229,23 @@ def test_latent_checkpoints(argv, latent_files, tmp_path, capsys):
     tile = np.asarray(Image.open(tmp_path / "grid.png"))[4:68, -136:-72]        # first row, first column
     expected = sampler.to_images(torch.from_numpy(latents).double(), load_decoder(latent_files / "vae.bin"))[0]
     assert np.abs(tile.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("flags", [["--trace", "trace.png"], ["--compare"], ["--compare", "--dtype", "bfloat16"]],
+                         ids=" ".join)
+def test_pictures_of_latent_checkpoints_are_decoded(flags, latent_files, tmp_path, monkeypatch, capsys):
+    """Learned variance, DDPM, a decoder: what EMAG's row and the last x̂₀ hold is what the decoder makes of them."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--ckpt", latent_files / "dit.pt", "--vae", latent_files / "vae.bin", "--steps", 5, "--classes", "3,7"]
+    code, _, err = run_cli(capsys, *common, "--num", 2, *flags, "--out", "picture.png")
+    assert (code, err) == (0, "")
+    if "--trace" in flags:
+        assert Image.open("trace.png").width > 1000
+        return
+    run_cli(capsys, *common, "--num", 2, *flags[1:], "--out", "alone.png")
+    compared, alone = (np.asarray(Image.open(name).convert("RGB")) for name in ("picture.png", "alone.png"))
+    emag_row = compared[4 + 2 * 132:][:128, -2 * 132:][:, :128]                  # of 64×64 pixels, enlarged twice
+    assert np.array_equal(emag_row[::2, ::2], alone[4:68, -68:-4])
 
 
 LATENT_BAD = [
