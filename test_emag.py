@@ -1441,16 +1441,16 @@ def test_gradient_checkpointing_in_eval_mode_changes_nothing(reentrant, grad):
 def test_under_torch_compile_the_numbers_are_the_same(what):
     from torch import _dynamo
     case, plain = Case("dit"), Case("dit")
-    reference, emag = trajectory(plain, plain.emag(), steps=6), case.emag()
+    reference, emag = trajectory(plain, plain.emag()), case.emag()
     _dynamo.reset()
-    with _dynamo.config.patch(recompile_limit=3):                # after which torch runs the blocks eagerly
+    with _dynamo.config.patch(recompile_limit=2):                # after which torch runs the blocks eagerly
         if what == "model":
             case.model = torch.compile(case.model, backend="aot_eager")
         else:
             for block in case.blocks:
                 block.compile(backend="aot_eager")
         case.model(*case.inputs(0))                              # compiled before the hooks come
-        for one, two in zip(trajectory(case, emag, steps=6), reference):
+        for one, two in zip(trajectory(case, emag), reference):
             torch.testing.assert_close(one, two)
     _dynamo.reset()
 
