@@ -221,7 +221,7 @@ class EMAG:
     image_tokens: the slice of the token sequence that holds image tokens, None where all do.
     reuse: blocks before the first selected one give again what they gave in the clean pass.
     ema_dtype: of the maps and their average.
-    query_token: an image token, whose attention the trace is to hold, to be looked at.
+    query_token: an image token, counted from 0, whose attention the trace is to hold, to be looked at.
 
     Raises ValueError where an argument is out of range, RuntimeError where the model or the order of calls cannot work.
     """

@@ -311,8 +311,9 @@ def to_images(x: Tensor, decoder: LatentDecoder | None = None) -> np.ndarray:
     return rearrange(((x + 1) * 127.5).round().clamp(0, 255), "b c h w -> b h w c").to(torch.uint8).cpu().numpy()
 
 
-def draw_grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str], zoom: int) -> Image.Image:
-    """Rows of equally large images (H, W, 3) uint8, enlarged `zoom` times, a label to the left of each row."""
+def draw_grid(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str]) -> Image.Image:
+    """Rows of equally large images (H, W, 3) uint8, enlarged to 96 pixels at least, a label to the left of each row."""
+    zoom = math.ceil(96 / rows[0][0].shape[0])                    # so that five lines of label fit
     height, width = (side * zoom for side in rows[0][0].shape[:2])
     font, gap = ImageFont.load_default(size=16), 4
     left = round(max(font.getlength(line) for label in labels for line in label.splitlines())) + 16
@@ -355,7 +356,7 @@ def draw_comparison(model: DiT, meta: dict, decoder: LatentDecoder | None, label
             images.extend(to_images(x.to(model.pos_embed.device), decoder))
         rows.append(images)
         row_labels.append(f"{label}\n{seconds / len(labels):.2g} s an image")
-    return draw_grid(rows, row_labels, zoom=math.ceil(96 / images[0].shape[0]))                   # 5 lines of label
+    return draw_grid(rows, row_labels)
 
 
 def shade(values: np.ndarray, *colors: str) -> np.ndarray:
@@ -777,8 +778,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             np.save(file, np.concatenate(latents))
     elif images:
         rows = [images[r::len(classes)] for r in range(min(len(classes), num))]
-        save_png(draw_grid(rows, [str(name) for name in settings["classes"]], zoom=max(1, 96 // images[0].shape[0])),
-                 args.out, settings)
+        save_png(draw_grid(rows, [str(name) for name in settings["classes"]]), args.out, settings)
     elif args.npz and rank == 0:
         save_npz(args.npz, args.out, num)
     if rank == 0:
