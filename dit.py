@@ -1,13 +1,16 @@
 """DiT, the diffusion transformer of Peebles & Xie (arXiv 2212.09748), in one file.
 
-Parameter names and layouts are those of the official checkpoints. The network predicts noise or velocity; which of
-the two, and the schedule, belong to the checkpoint and come from `load_dit` as `meta`.
+Parameters have the names and layouts of the official checkpoints. Some checkpoints predict noise, others a velocity:
+`load_dit` returns which in `meta`.
 """
 import argparse
+import hashlib
 import json
 import math
 import pickle
 import re
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +32,8 @@ def timestep_features(t: Tensor, dim: int = 256, max_period: float = 10000.0) ->
 
 
 def sincos_pos_embed(dim: int, grid: int) -> Tensor:
-    """The fixed positional embedding of a grid × grid square of patches: (1, grid², dim); half the channels code the
-    column, half the row, sines first."""
+    """The fixed positional embedding of grid × grid patches, row by row: (1, grid², dim). The first half of the
+    channels encodes a patch's column, the second half its row; in each half the sines come first."""
     freqs = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * freqs
     code = torch.cat([angles.sin(), angles.cos()], dim=-1)                                    # (grid, dim / 2)
@@ -92,7 +95,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """A transformer block whose LayerNorms take shift, scale and gate from the condition (adaLN-Zero)."""
+    """A transformer block with adaLN-Zero: the condition gives shift and scale after each LayerNorm, and a gate for
+    what attention and MLP add to x."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -123,8 +127,8 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """The network: x (B, C, H, W), t (B,) and a condition y → (B, C_out, H, W).
 
-    input_size: H = W of x, in latent or RGB pixels.  learn_sigma: the output has twice the channels of x, the second
-    half for the variance.
+    input_size: H = W of x, in pixels of the latent or of the RGB image.  learn_sigma: C_out = 2C, and the second C
+    channels are for the variance; else C_out = C.
     """
 
     def __init__(self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
@@ -159,7 +163,7 @@ class DiT(nn.Module):
             nn.init.zeros_(zero.weight)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """t: the checkpoint's own network time.  y: labels (B,) or ready condition embeddings (B, D)."""
+        """t: time as in the checkpoint's training, say 0…999.  y: class labels (B,), or class embeddings (B, D)."""
         grid = x.shape[-2] // self.patch_size
         x = self.x_embedder(x) + self.pos_embed                           # (B, N, D)
         y = y if y.is_floating_point() else self.y_embedder(y)            # (B, D)
@@ -191,7 +195,7 @@ class ResnetBlock(nn.Module):
 
 
 class DecoderAttention(nn.Module):
-    """Self-attention of one head over all pixels."""
+    """Self-attention with one head; every pixel is a token."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -217,10 +221,10 @@ class Upsampler(nn.Module):
 class LatentDecoder(nn.Module):
     """The decoder of Stable Diffusion's autoencoder: latents (B, 4, H, W) as DiT samples them → RGB (B, 3, 8H, 8W).
 
-    Parameter names are those of the diffusers layout. RGB is in about [−1, 1].
+    Parameters have the names of the diffusers layout. RGB lies in about [−1, 1].
     """
 
-    scale = 0.18215                       # latents are divided by their standard deviation over the training images
+    scale = 0.18215                         # DiT's latents: the autoencoder's × this, for a standard deviation near 1
 
     def __init__(self, widths: tuple[int, ...] = (512, 512, 256, 128), latent_channels: int = 4):
         super().__init__()
@@ -258,55 +262,88 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
                       "BOOL": torch.bool}
 
 
+@contextmanager
+def refusing(path: str | Path):
+    """Every error inside becomes a ValueError of one line that begins with the file's name, and torch does not warn. A
+    plain ValueError raised inside says what is wrong with the content; it need not name the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:                      # a damaged archive, pickle or JSON text raises errors of many kinds
+        message = {ValueError: str(error), KeyError: f"{error} is missing",
+                   pickle.UnpicklingError: "no checkpoint, or one whose loading could run code: refused unread",
+                   }.get(type(error), f"cannot be read, perhaps truncated ({type(error).__name__}: {error})")
+        raise ValueError(" ".join(f"{path}: {message[:400]}".splitlines())) from None
+
+
+def need_dict(value, what: str) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} holds a {type(value).__name__}: need a dict")
+    return value
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """8 bytes of header length, little-endian, a JSON header, raw tensors: mapped into memory, not copied."""
+    """The file holds the length of its header in 8 bytes, little-endian, then the header, which is JSON, then the bytes
+    of the tensors. They are mapped into memory, not copied."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            raise ValueError(f"{path}: truncated, or not a safetensors file")
-        header = json.loads(file.read(length))
-    data = np.memmap(path, np.uint8, mode="c", offset=8 + length)
+            raise ValueError("truncated, or not a safetensors file")
+        header = need_dict(json.loads(file.read(length)), "its header")
+    data = np.memmap(path, np.uint8, mode="c")[8 + length:]
     header.pop("__metadata__", None)
-    if any(entry["data_offsets"][1] > len(data) for entry in header.values()):
-        raise ValueError(f"{path}: truncated: its header names tensors beyond the end of the file")
-    return {name: torch.from_numpy(data[slice(*entry["data_offsets"])]).view(SAFETENSORS_DTYPES[entry["dtype"]])
-            .reshape(entry["shape"]) for name, entry in header.items()}
+    tensors = {}
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(kind), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if (
+                    kind in SAFETENSORS_DTYPES and all(type(n) is int and n >= 0 for n in shape) and start >= 0
+                    and stop - start == math.prod(shape) * SAFETENSORS_DTYPES[kind].itemsize):
+                if stop > len(data):
+                    raise ValueError(f"truncated: {name} ends beyond the end of the file")
+                tensors[name] = torch.from_numpy(data[start:stop]).view(SAFETENSORS_DTYPES[kind]).reshape(shape)
+            case _:
+                raise ValueError(f"its header has {entry!s:.120} for {name}: need one of the dtypes "
+                                 f"{' '.join(SAFETENSORS_DTYPES)}, and a shape that fills the data_offsets")
+    places = sorted(entry["data_offsets"] for entry in header.values())
+    if any(stop > start for (_, stop), (start, _) in zip(places, places[1:])):
+        raise ValueError("its header has tensors that overlap: each needs bytes of its own")
+    return tensors
+
+
+def read_config(folder: Path) -> dict:
+    with refusing(folder / "config.json"):
+        return need_dict(json.loads((folder / "config.json").read_bytes()), "the file")
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict, dict]:
-    """(content, config): what a file holds, or the file in a diffusers folder with its config.json, else {}.
+    """(content, config): what the file holds, and {}. For the folder of a diffusers model: what the model's file in it
+    holds, and its config.json.
 
     Only tensors, plain values and argparse.Namespace are unpickled. Raises ValueError where the file cannot be read.
     """
-    path = Path(path)
-    config = path / "config.json"
-    if path.is_dir():
-        if not config.is_file():
-            raise ValueError(f"{path}: a folder without config.json: need a file, or a diffusers model's folder")
-        files = [file for pattern in ("*.safetensors", "*.bin") for file in sorted(path.glob(pattern))]
-        if not files:
-            raise ValueError(f"{path}: no .safetensors or .bin file in this folder")
-        return read_checkpoint(files[0])[0], json.loads(config.read_text(encoding="utf-8"))
-    if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint file")
-    try:
+    path, config = Path(path), {}
+    with refusing(path):
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise ValueError("a folder without config.json: need a file, or a diffusers model's folder")
+            files = [file for pattern in ("*.safetensors", "*.bin") for file in sorted(path.glob(pattern))]
+            if not files:
+                raise ValueError("no .safetensors or .bin file in this folder")
+            path, config = files[0], read_config(path)
+        if not path.is_file():
+            raise ValueError("no such checkpoint file")
+    with refusing(path):
         if path.suffix == ".safetensors":
-            return read_safetensors(path), {}
+            return read_safetensors(path), config
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: no checkpoint, or one with more than tensors and plain values in it: refused unread"
-                         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError, json.JSONDecodeError):
-        raise ValueError(f"{path}: truncated, or not a file that torch.save or safetensors wrote") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}: need a state dict")
-    return content, {}
+        return need_dict(content, "the file"), config
 
 
 def describe(names) -> str:
-    """What a state dict with such names looks like, for error lines."""
+    """What a checkpoint with these names seems to be, for an error message."""
     names = set(names)
     for sign, kind in (("decoder.conv_in.weight", "an autoencoder (VAE): pass it as --vae"),
                        ("first_stage_model.decoder.conv_in.weight", "a Stable Diffusion checkpoint"),
@@ -327,8 +364,20 @@ DIFFUSERS_NAMES = {"pos_embed.proj": "x_embedder.proj", "transformer_blocks.": "
                    "proj_out_2": "final_layer.linear"}
 
 
+def check_weights(state: dict):
+    """Raises ValueError at the first entry of a state dict that cannot be a network's weight."""
+    for name, tensor in state.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim
+                and tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
+                and 0 < tensor.nbytes <= tensor.untyped_storage().nbytes()):
+            kind = f"tensor of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name!r} names a {kind}: need names of dense floating-point tensors, none empty")
+
+
 def from_diffusers(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
-    """Official names for the diffusers layout, which keeps q, k, v apart and a copy of the embedders in every block."""
+    """The official layout of a state dict in the diffusers layout, which has three layers for q, k and v, a copy of the
+    time and class embedders in every block, and no positional embedding."""
+    check_weights(state)
     official = {}
     for name, tensor in state.items():
         if ".to_k." in name or ".to_v." in name or name == "pos_embed.pos_embed":
@@ -339,37 +388,72 @@ def from_diffusers(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
             name = name.replace(theirs, ours)
         name = re.sub(r"^blocks\.\d+\.([ty]_embedder)", r"\1", name)
         if not torch.equal(official.setdefault(name, tensor), tensor):
-            raise ValueError(f"the blocks' copies of {name} differ: this DiT has one for all")
-    dim, _, _, patch = official["x_embedder.proj.weight"].shape
-    official["pos_embed"] = sincos_pos_embed(dim, config["sample_size"] // patch)
+            raise ValueError(f"the blocks' copies of {name} differ: this DiT has one for all blocks")
+    proj, size = official["x_embedder.proj.weight"], config.get("sample_size")
+    patch = proj.shape[-1]
+    if type(size) is not int or size % patch or not 1 <= size // patch <= 256:
+        raise ValueError(f"config.json has the sample_size {size!r:.60}: need a multiple of the patch size {patch}, "
+                         f"at most {256 * patch}")
+    official["pos_embed"] = sincos_pos_embed(len(proj), size // patch)
     return official
 
 
 def config_of(state: dict[str, Tensor], heads: int | None) -> dict:
-    """DiT's arguments, read off the shapes of an official state dict; heads from the table of sizes where not given."""
-    (dim, channels, _, patch), tokens = state["x_embedder.proj.weight"].shape, state["pos_embed"].shape[1]
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    """DiT's arguments, read off the shapes of an official state dict. heads: None looks them up in DIT_SIZES."""
+    check_weights(state)
+    shape = tuple(state["x_embedder.proj.weight"].shape)
+    if len(shape) != 4:
+        raise ValueError(f"x_embedder.proj.weight has the shape {shape}: need four dimensions")
+    (dim, channels, _, patch), tokens = shape, state["pos_embed"].numel() // shape[0]
+    classes = len(state["y_embedder.embedding_table.weight"]) - 1
     out_channels = len(state["final_layer.linear.bias"]) // patch**2
+    numbers = [int(found[1]) for name in state if (found := re.match(r"blocks\.(\d{1,9})\.", name))]
+    depth = 1 + max(numbers, default=-1)
+    if not 0 < depth <= len(numbers):
+        raise ValueError(f"{len(numbers)} tensors in {depth} blocks: need at least one block, and ten tensors in each")
+    if dim % 4 or tokens != math.isqrt(tokens)**2 or classes < 1:
+        raise ValueError(f"{dim} channels, {tokens} tokens and {classes} classes beside the null class: "
+                         "need a multiple of 4, a square number and at least 1")
     known = {(width, blocks): count for width, blocks, count in DIT_SIZES.values()}
-    heads = heads or known.get((dim, depth))
+    heads = known.get((dim, depth)) if heads is None else heads
     if heads is None:
         raise ValueError(f"{depth} blocks of {dim} channels is none of DiT-S, B, L, XL: pass --heads")
-    if dim % heads:
-        raise ValueError(f"{heads} heads do not divide {dim} channels")
+    if type(heads) is not int or heads < 1 or dim % heads:
+        raise ValueError(f"{heads!r:.60} heads do not divide {dim} channels: need a whole number that does")
     return dict(input_size=math.isqrt(tokens) * patch, patch_size=patch, in_channels=channels, hidden_size=dim,
-                depth=depth, num_heads=heads, num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-                learn_sigma=out_channels == 2 * channels)
+                depth=depth, num_heads=heads, num_classes=classes, learn_sigma=out_channels == 2 * channels)
 
 
-def load_into(model: nn.Module, state: dict[str, Tensor], path) -> nn.Module:
+def check_own(config: dict, meta: dict, sizes: dict):
+    """Raises ValueError where the config of this project's own file differs from the sizes of its weights, or its meta
+    is not as `load_dit` describes it."""
+    for name in [*sizes, *config]:
+        if config.get(name) != sizes.get(name):
+            raise ValueError(f"config has the {name} {config.get(name)!r:.60}: its weights need {sizes.get(name)}")
+    names, one_line = meta["class_names"], re.compile(r"[^\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
+    for name, fits, need in (
+            ("prediction", meta["prediction"] in ("noise", "velocity"), "noise or velocity"),
+            ("flow", meta["flow"] in ("rf", "sit"), "rf or sit"),
+            ("settings", meta["settings"] is None or isinstance(meta["settings"], dict), "a dict or None"),
+            ("latent", meta["latent"] is True or meta["latent"] is False and sizes["in_channels"] == 3,
+             "True, or False for RGB of 3 channels"),
+            ("class_names", names == [] or isinstance(names, list)
+             and all(isinstance(each, str) and one_line.fullmatch(each) for each in names)
+             and len(names) == len(set(names)) == sizes["num_classes"],
+             f"{sizes['num_classes']} different strings, none empty or with a line break, or an empty list")):
+        if not fits:
+            raise ValueError(f"meta has the {name} {meta[name]!r:.60}: need {need}")
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     """The model with these weights, in float32 and eval mode; ValueError naming the first keys that do not fit."""
     wanted = model.state_dict()
     for what, names in (("missing", wanted.keys() - state.keys()), ("unexpected", state.keys() - wanted.keys()),
-                        ("misshapen", [name for name in wanted.keys() & state.keys()
+                        ("misshapen", [f"{name} of {tuple(state[name].shape)} for {tuple(wanted[name].shape)}"
+                                       for name in wanted.keys() & state.keys()
                                        if wanted[name].shape != state[name].shape])):
         if names:
-            raise ValueError(f"{path}: {len(names)} {what} keys, first {', '.join(sorted(names)[:3])}; "
-                             + describe(state))
+            raise ValueError(f"{len(names)} {what} keys, first {', '.join(sorted(names)[:3])}")
     model.load_state_dict(state, assign=True)
     return model.float().eval().requires_grad_(False)
 
@@ -377,58 +461,79 @@ def load_into(model: nn.Module, state: dict[str, Tensor], path) -> nn.Module:
 def load_dit(path: str | Path, heads: int | None = None) -> tuple[DiT, dict]:
     """Reads a checkpoint: (model in float32 and eval mode, meta).
 
-    path: this project's file; an official DiT or SiT file, bare or from training (then its `ema`); or DiT in the
-    diffusers layout, a folder with config.json or a file beside one. heads: where the size is none of the paper's.
-    meta: prediction ("noise" or "velocity"), class_names, settings (recommended, may be empty), latent (whether x is
-    one). An official file does not say what it predicts: "noise" is a guess that is right for DiT and wrong for SiT.
-    Raises ValueError where the file is no such checkpoint.
+    path: this project's own file; an official DiT or SiT file, bare or from training (then its `ema`); or DiT in the
+    diffusers layout, a folder with config.json or a file beside one. heads: needed where the file does not say their
+    number and the size is none of DIT_SIZES.
+    meta: prediction ("noise" or "velocity"), flow ("rf" or "sit", the time of a velocity, may be absent), class_names
+    (one per class, or none), settings (the recommended ones; may be empty or None), latent (True where x is a latent,
+    False where it is RGB). An official file does not say what it predicts: "noise" is a guess, right for DiT and wrong
+    for SiT.
+    Raises ValueError, one line that names the file, where it is no such checkpoint or has another number of heads.
     """
     content, config = read_checkpoint(path)
-    if {"model", "config", "meta"} <= content.keys():
-        try:
-            with torch.device("meta"):                    # no memory and no initialisation: the weights replace it all
-                model = DiT(**content["config"])
-            return load_into(model, content["model"], path), dict(latent=False) | content["meta"]
-        except TypeError as error:
-            raise ValueError(f"{path}: {error}") from None
-    state = content.get("ema", content)
-    try:
-        if "pos_embed.proj.weight" in state and "transformer_blocks.0.attn1.to_q.weight" in state:
+    with refusing(path):
+        own = {"model", "config", "meta"} <= content.keys()
+        if own:
+            state, config, meta = (need_dict(content[name], name) for name in ("model", "config", "meta"))
+            meta = dict(prediction=None, flow="rf", class_names=[], settings={}, latent=False) | meta
+        else:
+            state = need_dict(content.get("ema", content), "ema")
+            meta = dict(prediction="noise", class_names=[], settings={}, latent=True)
+        if {"pos_embed.proj.weight", "transformer_blocks.0.attn1.to_q.weight"} <= state.keys():
             beside = Path(path).parent / "config.json"
-            if not config and beside.is_file():
-                config = json.loads(beside.read_text(encoding="utf-8"))
-            if not config:
+            if not config and not beside.is_file():
                 raise ValueError("the diffusers layout does not hold the image size: need config.json beside the file")
-            state, heads = from_diffusers(state, config), heads or config["num_attention_heads"]
+            config = config or read_config(beside.parent)
+            state = from_diffusers(state, config)
         if not {"x_embedder.proj.weight", "pos_embed", "final_layer.linear.bias",
                 "y_embedder.embedding_table.weight"} <= state.keys():
             raise ValueError(f"not a DiT checkpoint: {describe(state)}")
-        with torch.device("meta"):
-            model = DiT(**config_of(state, heads))
-    except KeyError as error:
-        raise ValueError(f"{path}: {error} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return load_into(model, state, path), dict(prediction="noise", class_names=[], settings={}, latent=True)
+        said = config.get("num_heads" if own else "num_attention_heads")
+        if None not in (heads, said) and heads != said:
+            raise ValueError(f"--heads {heads}: this checkpoint says {said!r:.60}: leave the flag out")
+        sizes = config_of(state, heads if said is None else said)
+        if own:
+            check_own(config, meta, sizes)
+        with torch.device("meta"):                        # takes no memory: the file's weights replace all parameters
+            model = DiT(**sizes)
+        return load_into(model, state), meta
 
 
-def load_decoder(path: str | Path) -> LatentDecoder:
+def load_decoder(path: str | Path, channels: int | None = None) -> LatentDecoder:
     """Reads Stable Diffusion's decoder from an AutoencoderKL in the diffusers layout, a folder or a file.
 
-    Raises ValueError where it is no such autoencoder.
+    channels: what a latent of the DiT has, its in_channels; None leaves that unchecked.
+    Raises ValueError, one line that names the file, where it is no such autoencoder or decodes another number of
+    channels.
     """
     content, _ = read_checkpoint(path)
     old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    state = {}
-    for name, tensor in content.items():
-        if name.startswith(("decoder.", "post_quant_conv.")):
-            *stem, part, kind = name.split(".")
-            part = old_names.get(part, part) if "attentions" in stem else part
-            state[".".join([*stem, part, kind])] = tensor
-    if "decoder.conv_in.weight" not in state:
-        raise ValueError(f"{path}: not an autoencoder in the diffusers layout: {describe(content)}")
-    widths = [len(state[f"decoder.up_blocks.{i}.resnets.2.conv2.bias"]) for i in range(4)
-              if f"decoder.up_blocks.{i}.resnets.2.conv2.bias" in state]
-    with torch.device("meta"):
-        decoder = LatentDecoder(tuple(widths), len(state["post_quant_conv.bias"]))
-    return load_into(decoder, state, path)
+    with refusing(path):
+        state = {}
+        for name, tensor in content.items():
+            if str(name).startswith(("decoder.", "post_quant_conv.")):
+                *stem, part, kind = name.split(".")
+                part = old_names.get(part, part) if "attentions" in stem else part
+                state[".".join([*stem, part, kind])] = tensor
+        if "decoder.conv_in.weight" not in state:
+            raise ValueError(f"not an autoencoder in the diffusers layout: {describe(content)}")
+        check_weights(state)
+        latent_channels = len(state["post_quant_conv.weight"])
+        if channels not in (None, latent_channels):
+            raise ValueError(f"decodes latents of {latent_channels} channels, and the DiT samples {channels} channels: "
+                             "need the autoencoder that the DiT was trained with, or none if it samples RGB")
+        widths = [len(state[f"decoder.up_blocks.{i}.resnets.2.conv2.weight"]) for i in range(4)]
+        if any(width % 32 for width in widths):
+            raise ValueError(f"its levels have {widths} channels: need multiples of 32, the groups of GroupNorm")
+        with torch.device("meta"):
+            decoder = LatentDecoder(tuple(widths), latent_channels)
+        return load_into(decoder, state)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The first 12 hexadecimal digits of a SHA-256 of a model's weights: their names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]

@@ -1,13 +1,17 @@
 """EMAG, Exponential Moving Average Guidance (Yadav, Huy, Liu; arXiv 2512.17303, ECCV 2026), in one file.
 
-A third prediction guides the sampler: a negative ε' in which one transformer block attends by habit, with the moving
-average of its own attention maps over the trajectory. First the equations, then the class that hooks them into an
-unmodified model, then a drop-in for pipelines that do classifier-free guidance (CFG) already.
+Beside the conditional and the null prediction the network makes a third one, the negative ε'. For it, one transformer
+block attends by habit: with the moving average of its own attention maps over the trajectory. The negative has the same
+content and the same layout, and its fine detail is slightly wrong; the guided prediction moves away from it.
+
+In this order: the equations; the class that hooks them into an unmodified model; `guide`, for pipelines that have
+classifier-free guidance (CFG) already; and, under a line that says so, the machinery. This file needs torch alone.
 
 Symbols: A attention map, E its moving average, Δ deviation, ε prediction (noise or velocity), ε' negative prediction,
-β decay, λ blend strength, w_e EMAG scale, w CFG scale. B samples, L candidate blocks, N tokens, d channels of a head.
+β decay, λ blend strength, w_e EMAG scale, w CFG scale. B samples, L candidate blocks, N tokens, d channels per head.
 """
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
@@ -16,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 # --------------------------------------------------------------------------------------------------- the equations
 
@@ -25,7 +30,7 @@ def ema_update(ema: Tensor | None, attn: Tensor, beta: float) -> Tensor:
 
     E_t = β·E_{t−1} + (1−β)·A_t
     """
-    return attn.clone() if ema is None else ema.mul_(beta).add_(attn, alpha=1 - beta)
+    return attn.clone() if ema is None else ema.lerp_(attn, 1 - beta)
 
 
 def deviation(ema: Tensor, attn: Tensor) -> Tensor:
@@ -33,7 +38,8 @@ def deviation(ema: Tensor, attn: Tensor) -> Tensor:
 
     Δ_t = mean over heads, queries, keys of |E_t − A_t|
     """
-    return (ema - attn).abs().flatten(1).mean(dim=1)
+    dtype = torch.promote_types(ema.dtype, torch.float32)             # float16 cannot hold the sum
+    return torch.linalg.vector_norm((ema - attn).flatten(1), ord=1, dim=1, dtype=dtype) / ema[0].numel()
 
 
 def zscore(dev: Tensor) -> Tensor:
@@ -41,15 +47,15 @@ def zscore(dev: Tensor) -> Tensor:
 
     z⁽ⁿ⁾ = (Δ⁽ⁿ⁾ − mean Δ) / (std Δ + ε), population std
     """
-    dev = dev - dev[:, :1]                        # changes no z, and makes equal Δ exactly 0, so z = 0 at any ε > 0
+    dev = dev - dev[:, :1]                        # changes no z; equal Δ become exactly 0, so that z = 0 at any ε > 0
     std, mean = torch.std_mean(dev, dim=1, correction=0, keepdim=True)
     return (dev - mean) / (std + torch.finfo(dev.dtype).tiny)
 
 
 def select_layers(dev: Tensor, threshold: float | None = None) -> Tensor:
-    """Layer selection (ECCV eq. 11–13), per sample: deviations (B, L) → bool (B, L), at least one True in each row.
+    """Layer selection (ECCV eq. 11–13), per sample: deviations (B, L) → bool (B, L), at least one True per sample.
 
-    ℓ* = argmax Δ⁽ⁿ⁾ = argmax z⁽ⁿ⁾, the first of equals; with a threshold τ also every block of z⁽ⁿ⁾ ≥ τ
+    ℓ* = argmax Δ⁽ⁿ⁾ = argmax z⁽ⁿ⁾, the first if several are equal; with a threshold τ also every block with z⁽ⁿ⁾ ≥ τ
     """
     largest = torch.zeros_like(dev, dtype=torch.bool).scatter_(1, dev.argmax(dim=1, keepdim=True), True)
     return largest if threshold is None else largest | (zscore(dev) >= threshold)
@@ -66,15 +72,16 @@ def emag_update(pred: Tensor, negative: Tensor, scale: float) -> Tensor:
 
 
 def cfg_update(pred: Tensor, pred_null: Tensor, scale: float) -> Tensor:
-    """With CFG (v1 eq. 16, ECCV eq. 15), pred being ε̃': ε̃ = ε_∅ + w·(ε̃' − ε_∅)"""
+    """With CFG (v1 eq. 16, ECCV eq. 15), where pred is ε̃': ε̃ = ε_∅ + w·(ε̃' − ε_∅)"""
     return pred_null + scale * (pred - pred_null)
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Which steps observe and which perturb, as shares of the trajectory still to come: 1 is noise, 0 is data.
+    """Which steps observe the attention (from `start` to `stop`) and which perturb it (from `apply` to `stop`).
 
-    Step i of n, from 0, has r = n−1−i steps left, and a bound f stands for round(f·(n−1)) of them, inclusive.
+    The bounds are shares of the trajectory that is left: 1 is noise, 0 is data. Step i of n, counted from 0, has
+    r = n−1−i steps left. A bound f means r = round(f·(n−1)), inclusive.
     """
     start: float = 1.0
     apply: float = 0.8
@@ -92,9 +99,475 @@ class Window:
         return round(self.stop * (steps - 1)) <= steps - 1 - step <= round(self.apply * (steps - 1))
 
 
-# --------------------------------------------------------------------------------------------- the attention call
+# ------------------------------------------------------------------------------------------------------- the method
 
-CHUNK = 2**22          # map entries made at a time, 16 MiB: beside E, a few times this is all that is held
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What one observed step found, on the CPU: each (B, L), one column per candidate block, in the order they run."""
+    deviation: Tensor
+    zscore: Tensor
+    selected: Tensor
+
+
+class EMAG:
+    """Watches the self-attention of candidate blocks along a trajectory, and makes the negative from it.
+
+        emag = EMAG(model.blocks, layers=range(12, 16))
+        emag.reset()                                                # before every trajectory
+        with emag.observe(rows):  pred = model(x, t, y)             # rows: the conditional samples of the batch
+        with emag.perturb():      negative = model(x[rows], t[rows], y[rows])
+        pred = emag_update(pred[rows], negative, scale)
+
+    blocks: the model's transformer blocks in the order they run.  layers: the candidates, as indices into `blocks`.
+    beta, strength: β and λ, in [0, 1].  threshold: None selects the argmax, τ every block with z ≥ τ.
+    variant: what the EMA averages and the negative replaces. "map" (EMAG): whole rows of A. "image" (EMAG-I): only
+        their image columns. "query" (EMAG-Q): the queries themselves; no map is made. Only image queries are changed:
+        text queries attend as the model has them.
+    image_tokens: the slice of the token sequence that holds image tokens; None where all do.
+    reuse: the negative pass does not run the blocks before the first selected one (see `perturb`).
+    ema_dtype: dtype of the maps and of their average.
+
+    Raises ValueError for an argument out of range, RuntimeError where the model or the order of calls cannot work.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], layers: Iterable[int], *, beta: float = 0.988,
+                 strength: float = 1.0, variant: str = "map", threshold: float | None = None,
+                 image_tokens: slice | None = None, reuse: bool = True, ema_dtype: torch.dtype = torch.float32):
+        self.blocks, self.layers = list(blocks), sorted(set(layers))
+        self.beta, self.strength, self.variant, self.threshold = beta, strength, variant, threshold
+        self.image_tokens = slice(None) if image_tokens is None else image_tokens
+        self.reuse, self.ema_dtype = reuse, ema_dtype
+        _check_options(self)
+        self.reset()
+
+    def reset(self):
+        """Forgets everything: a new trajectory starts."""
+        self.trace: list[Observation] = []                # one entry per observed step
+        self._ema: dict[int, list[Tensor]] = {}           # candidate block → E, in chunks of heads
+        self._shape: dict[int, tuple] = {}                # candidate block → shapes of its queries and keys
+        self._forget_pass()
+
+    def _forget_pass(self):
+        self._calls: dict[int, _AttentionCall] = {}       # candidate block → its attention call in the clean pass
+        self._outputs: dict[int, object] = {}             # block → its output in the clean pass
+
+    @property
+    def last(self) -> Observation:
+        if not self.trace:
+            raise RuntimeError("nothing was observed yet: first run the model inside `with emag.observe():`")
+        return self.trace[-1]
+
+    deviation = property(lambda self: self.last.deviation)
+    zscore = property(lambda self: self.last.zscore)
+    selected = property(lambda self: self.last.selected)
+
+    def average(self, block: int) -> Tensor:
+        """E of one candidate block, to be looked at: (B, heads, image queries, keys), for EMAG-Q (…, d)."""
+        if block not in self._ema:
+            raise RuntimeError(f"block {block} has no average: observe a step first, and ask for one of {self.layers}")
+        return torch.cat(self._ema[block], dim=1)
+
+    @contextmanager
+    def observe(self, rows=slice(None), update: bool = True) -> Iterator["EMAG"]:
+        """Around the clean pass, whose result stays the same, bit for bit where the model is not compiled. E and Δ
+        advance when the pass is complete: a pass that fails leaves them as they were.
+
+        rows: an index into the batch, the conditional samples.  update=False: a second evaluation within one step
+        (Heun's corrector), which advances neither E nor Δ.
+        """
+        recorded = range(self.layers[-1]) if self.reuse else ()
+        ran: list[int] = []
+        with _hooking(self.blocks[:self.layers[-1] + 1]) as hooks:
+            self._forget_pass()
+            try:
+                for n in recorded:
+                    hooks.enter_context(_record(self.blocks[n], n, ran, partial(self._keep_output, n, rows)))
+                for n in self.layers:
+                    hooks.enter_context(_catch(self.blocks[n], n, ran, partial(self._clean_attention, n, rows)))
+                yield self
+                _check_ran(ran, [*recorded, *self.layers], "observe()")
+                if update:
+                    self._advance()
+            except BaseException:
+                self._forget_pass()                                   # so that no negative is made from half a pass
+                raise
+
+    @contextmanager
+    def perturb(self) -> Iterator["EMAG"]:
+        """Around the negative pass, on the observed rows alone: the selected blocks attend with Ã instead of A.
+
+        Reuse: before the first selected block both passes are equal, so the clean outputs are returned again and those
+        blocks do not run: the same numbers for less work.
+        """
+        # Samples that selected different blocks share the pass: it starts at the first of these blocks, and in each
+        # block only the samples that selected it attend with Ã.
+        chosen = {n: samples for n, samples in zip(self.layers, self.selected.T) if samples.any()}
+        replayed = range(min(chosen)) if self.reuse else ()
+        ran: list[int] = []
+        if not self._calls or not self._ema:
+            raise RuntimeError("perturb() needs a clean pass of this step: run it inside `with emag.observe():` first")
+        with _hooking(self.blocks[:max(chosen) + 1]) as hooks:
+            for n in replayed:
+                hooks.enter_context(_replay(self.blocks[n], n, ran, partial(self._replayed_output, n)))
+            for n, samples in chosen.items():
+                hooks.enter_context(_catch(self.blocks[n], n, ran, partial(self._negative_attention, n, samples)))
+            yield self
+            _check_ran(ran, [*replayed, *chosen], "perturb()")
+
+    # What the hooks of the clean pass do.
+
+    def _keep_output(self, n: int, rows, batch: int, output):
+        # Copies of hidden states, since a model may add to them in place between blocks.
+        self._outputs[n] = tree_map(lambda x: x[rows].clone() if _is_batched(x, batch) else x, output)
+
+    def _clean_attention(self, n: int, rows, call: "_AttentionCall") -> Tensor:
+        """Block n attends as it would; its call, cut to the observed rows, is kept for `_advance` and the negative."""
+        clean = call.take(rows)
+        _check_call(n, clean, self)
+        others = {len(other.query) for other in self._calls.values()} - {len(clean.query)}
+        if others:
+            raise RuntimeError(f"candidate block {n} attends for {len(clean.query)} samples, another for "
+                               f"{others.pop()}: need candidates of one kind, such as the blocks that attend in space")
+        if n in self._ema and clean.shape != self._shape[n]:
+            raise RuntimeError(f"queries and keys of block {n} were {self._shape[n]}, and now they are {clean.shape}: "
+                               "call reset() before a new trajectory")
+        self._calls[n] = clean
+        return call.attend()
+
+    @torch.no_grad()
+    def _advance(self):
+        """One step of every candidate's E, and the deviations and the choice that follow from it."""
+        if self.trace and not self._ema:
+            raise RuntimeError("an earlier step broke off while E was advancing: call reset() and start again")
+        try:
+            dev = torch.stack([self._advance_block(n) for n in self.layers], dim=1).cpu().double()
+            if not dev.isfinite().all():
+                raise RuntimeError("Δ is not finite: the attention of a candidate block holds NaN or infinity")
+            if self.trace and self.beta > 0 and (dev == 0).all(dim=1).any():
+                raise RuntimeError("the observed attention equals its average exactly: the model saw the same latents "
+                                   "at every step, or the first self-attention of the blocks is not the image's")
+        except BaseException:
+            self._ema.clear()                                         # a part of it may have advanced
+            raise
+        self.trace.append(Observation(dev, zscore(dev), select_layers(dev, self.threshold)))
+
+    def _advance_block(self, n: int) -> Tensor:
+        """E_t and Δ_t of block n, a few heads at a time; returns Δ_t (B,)."""
+        call, dev = self._calls[n], 0
+        slices = call.head_chunks()
+        ema, self._shape[n] = self._ema.setdefault(n, [None] * len(slices)), call.shape
+        for i, heads in enumerate(slices):
+            attn = self._averaged(call, heads)                        # A_t
+            ema[i] = ema_update(ema[i], attn, self.beta)              # E_t
+            dev = dev + deviation(ema[i], attn) * (attn.shape[1] / call.query.shape[1])
+        return dev
+
+    def _averaged(self, call: "_AttentionCall", heads: slice) -> Tensor:
+        """What E averages, for some heads: image queries' rows of A, their image columns, or the queries themselves."""
+        if self.variant == "query":
+            return call.query[:, heads, self.image_tokens].to(self.ema_dtype, copy=True)
+        attn = call.attention_map(heads, self.image_tokens, self.ema_dtype)
+        # A copy, so that E does not keep the text columns alive.
+        return attn[..., self.image_tokens].clone() if self.variant == "image" else attn
+
+    # What the hooks of the negative pass do.
+
+    def _replayed_output(self, n: int, batch: int):
+        self._check_batch(batch)
+        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._outputs[n])
+
+    def _negative_attention(self, n: int, samples: Tensor, call: "_AttentionCall") -> Tensor:
+        """Block n, where E takes the place of A: for the image queries of `samples`, bool (B,), that selected n."""
+        self._check_batch(len(call.query))
+        if not self.selected[:, :self.layers.index(n)].any():         # nothing is perturbed before this block
+            _check_same(n, self.blocks[n], call.take(slice(None)), self._calls[n])
+        rows = slice(None) if samples.all() else samples.nonzero()[:, 0].to(call.query.device)
+        if self.variant == "query":
+            query = call.query.clone()
+            for heads, blended in self._blended(n, rows):
+                query[rows, heads, self.image_tokens] = blended.to(query.dtype)                   # q̃
+            return dataclasses.replace(call, query=query).attend()
+        chosen = call.take(rows)
+        with _no_autocast(call.value):                                # Ã·V, which is E·V for λ = 1
+            out = torch.cat([chosen.mix(heads, blended) for heads, blended in self._blended(n, rows)], dim=1)
+        if len(out) == len(call.query) and out.shape[2] == call.query.shape[2]:
+            return out                                                # all queries are replaced
+        whole = call.attend().clone()
+        whole[rows, :, self.image_tokens] = out
+        return whole
+
+    def _blended(self, n: int, rows) -> Iterator[tuple[slice, Tensor]]:
+        """Ã (or q̃) of block n for some samples, a few heads at a time. With λ = 1 it is E, and no map is made."""
+        if self.strength < 1 or self.variant == "image":
+            clean = self._calls[n].take(rows)
+        for heads, ema in zip(self._calls[n].head_chunks(), self._ema[n]):
+            ema = ema[rows]
+            if self.variant == "image":
+                # Only image → image is replaced; then each row is divided by its sum. A row of sum 0 stays as in A.
+                attn = clean.attention_map(heads, self.image_tokens, self.ema_dtype)
+                mixed = attn.clone()
+                mixed[..., self.image_tokens] = blend(attn[..., self.image_tokens], ema, self.strength)
+                total = mixed.sum(dim=-1, keepdim=True)
+                yield heads, torch.where(total > 0, mixed / total, attn)
+            elif self.strength < 1:
+                yield heads, blend(self._averaged(clean, heads), ema, self.strength)
+            else:
+                yield heads, ema
+
+    def _check_batch(self, batch: int):
+        observed = len(self._calls[self.layers[0]].query)
+        if batch != observed:
+            raise RuntimeError(f"the negative pass got {batch} samples, {observed} were observed: "
+                               "call the model on the observed rows alone")
+
+
+# ------------------------------------------------------------------------------------------ for pipelines with CFG
+
+
+@contextmanager
+def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], *, scale: float = 1.5, steps: int = 28,
+          cond: str = "last", calls: int = 1, channels: slice | None = None, window: Window = Window(),
+          take: Callable | None = None, **emag_options) -> Iterator[EMAG]:
+    """EMAG inside a pipeline that does CFG; the pipeline and the model stay as they are. The defaults are SD3's.
+
+        with guide(pipe.transformer, pipe.transformer.transformer_blocks, range(6, 9), scale=1.5, steps=28, cond="last",
+                   image_tokens=slice(0, 4096)) as emag:
+            image = pipe(prompt, num_inference_steps=28, guidance_scale=7.0).images[0]
+
+    The model's prediction for the conditional samples comes back as ε̃', so that the pipeline's own CFG formula
+    completes the method.
+
+    scale: w_e; 1 is off.  steps: steps per trajectory; after so many a new trajectory starts.
+    calls: how often the pipeline calls the model per step. 1: with a doubled batch, and cond says which half of it is
+        conditional, "first" or "last"; or with a batch that is not doubled, and cond is "all". 2: once with the
+        condition and once without, and cond says which of the two calls is conditional, "first" or "last".
+    channels: the output channels that are the prediction, where others are a variance.
+    take: take(args, kwargs, rows) → (args, kwargs) cuts the model's inputs to the samples `rows`, a slice. The default
+        cuts every tensor and every list whose length is the batch size, that of the first tensor or list of tensors,
+        which has to be x_t.
+    emag_options: as for EMAG.
+
+    Raises ValueError for an argument out of range, RuntimeError where the model's calls are not as described.
+    """
+    allowed = {1: ("first", "last", "all"), 2: ("first", "last")}
+    for good, wrong in ((calls in allowed, f"calls is {calls}: need 1 or 2"),
+                        (cond in allowed.get(calls, ()), f"cond is {cond!r}: need one of {allowed.get(calls)}"),
+                        (steps >= 1, f"steps is {steps}: need at least 1"),
+                        (math.isfinite(scale), f"scale is {scale}: need a finite number")):
+        if not good:
+            raise ValueError(wrong)
+    emag = EMAG(blocks, layers, **emag_options)
+    count = 0                                                         # calls of the model so far
+    before = None                                                     # the latents of the call before
+    cut_checked = False
+
+    def forward(original: Callable, *args, **kwargs):
+        nonlocal count, before, cut_checked
+        step, turn = divmod(count % (steps * calls), calls)
+        count += 1
+        if step == turn == 0:
+            emag.reset()
+            before = None
+        x = _first_input(args, kwargs)
+        again, before = before is not None and _equal(x, before), tree_map(torch.clone, x)
+        if again and calls == 1:
+            raise RuntimeError("the model was called twice in a row with the same latents: this pipeline calls it "
+                               "twice per step. Give calls=2, and cond='first' or 'last' for the conditional call")
+        if turn == 1 and not again:
+            raise RuntimeError("with calls=2 the two calls of a step need the same latents, and they differ: "
+                               "does this pipeline call the model once per step? Then give calls=1")
+        if not window.observes(step, steps) or (calls == 2 and turn != allowed[2].index(cond)):
+            return original(*args, **kwargs)
+        rows = slice(None) if calls == 2 or cond == "all" else _half(x, cond)
+        with emag.observe(rows):
+            out = original(*args, **kwargs)
+        if not window.perturbs(step, steps):
+            return out
+        if rows != slice(None):
+            args, kwargs = take(args, kwargs, rows) if take else _take(args, kwargs, rows, len(x))
+            if not cut_checked:                                       # once, since it takes a pass
+                _check_cut(model, original, args, kwargs, _prediction(out), rows, len(emag.selected))
+                cut_checked = True
+        with emag.perturb():
+            negative = _prediction(original(*args, **kwargs))
+        emag._forget_pass()                                           # to free what was kept of the clean pass
+        return _with_prediction(out, _guided_rows(_prediction(out), negative, rows, channels, scale))
+
+    with ExitStack() as hooks:
+        if scale != 1:
+            hooks.enter_context(_replaced_forward(model, forward))
+        try:
+            yield emag
+        except RuntimeError as error:
+            if "fullgraph=True" in str(error):
+                raise RuntimeError("a whole model compiled with fullgraph=True cannot be hooked inside its graph: "
+                                   "give guide() what torch.compile returned, or compile without fullgraph") from error
+            raise
+    if scale != 1 and (count == 0 or count % (steps * calls)):
+        raise RuntimeError(f"the model was called {count} times inside guide(), which is no multiple of steps={steps} "
+                           f"times calls={calls}: give the steps and calls that the pipeline makes per batch of images")
+
+
+# =========================================================================================== the machinery
+#
+# Below: how `guide` handles a model's inputs and outputs, the hooks on unmodified blocks, one call of attention (A is
+# made in `attention_map`), and the checks.
+
+
+def _equal(a: Tensor | list[Tensor], b: Tensor | list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def _half(x: Tensor | list[Tensor], cond: str) -> slice:
+    """The conditional half of a batch that CFG doubled."""
+    first, last = slice(len(x) // 2), slice(len(x) // 2, None)
+    if len(x) % 2 or not _equal(x[first], x[last]):
+        raise RuntimeError(f"the batch of {len(x)} samples has no conditional half, since its halves hold different "
+                           "latents: is the pipeline's CFG on? Give cond='all' where it has none, calls=2 where it "
+                           "calls the model twice per step")
+    return first if cond == "first" else last
+
+
+def _take(args: tuple, kwargs: dict, rows: slice, batch: int) -> tuple[tuple, dict]:
+    """The inputs with every tensor and every list that is as long as the batch cut to `rows`."""
+    def per_sample(tree):
+        return isinstance(tree, list) and len(tree) == batch
+
+    return tree_map(lambda x: x[rows] if per_sample(x) or _is_batched(x, batch) else x, (args, kwargs),
+                    is_leaf=per_sample)
+
+
+def _check_cut(model: nn.Module, original: Callable, args: tuple, kwargs: dict, pred, rows: slice, observed: int):
+    """With the inputs cut to the conditional samples the model must predict for these what it predicted before."""
+    hint = "an input is not batch-first, or only happens to be as long as the batch: give take="
+    clean, null = pred[rows], pred[slice(len(pred) // 2) if rows.start else slice(len(pred) // 2, None)]
+    if observed != len(clean):
+        raise RuntimeError(f"{len(clean)} samples are conditional, and {observed} were observed: the model folds "
+                           "frames or other dimensions into its batch, and guide() cannot halve it")
+    try:
+        again = _prediction(original(*args, **kwargs))
+    except Exception as error:
+        raise RuntimeError(f"the model fails on inputs cut to the conditional samples ({error}): {hint}") from error
+    if len(again) != len(clean) or not all(_close(*parts, model) for parts in zip(again, clean, null)):
+        raise RuntimeError("the model predicts something else on inputs cut to the conditional samples: "
+                           f"{hint}; or dropout is on")
+
+
+def _prediction(out):
+    """What a model returned, without the tuple or output class around it: a tensor, or a list with one per sample."""
+    return out if isinstance(out, (Tensor, list)) else out[0]
+
+
+def _guided_rows(pred, negative, rows: slice, channels: slice | None, scale: float):
+    """`pred` with ε̃' in the place of ε: for the samples `rows`, in their prediction channels."""
+    channels = slice(None) if channels is None else channels
+    if isinstance(pred, list):                                        # one tensor (C, …) per sample
+        guided = list(pred)
+        guided[rows] = [_guided_rows(p[None], q[None], slice(None), channels, scale)[0]
+                        for p, q in zip(pred[rows], negative)]
+    else:
+        guided = pred.clone()
+        guided[rows, channels] = emag_update(pred[rows, channels], negative[:, channels], scale)
+    return guided
+
+
+def _with_prediction(out, pred):
+    """`out` in its own wrapping, with another prediction."""
+    if isinstance(out, (Tensor, list)):
+        return pred
+    if dataclasses.is_dataclass(out):
+        return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: pred})
+    return getattr(type(out), "_make", type(out))((pred, *out[1:]))                # a named tuple, or a plain one
+
+
+# ---------------------------------------------------------------------------- three hooks: record, replay and catch
+
+
+@contextmanager
+def _hooking(blocks: Sequence[nn.Module]) -> Iterator[ExitStack]:
+    """For the hooks of one pass. Two passes at a time would undo each other's hooks, so the second is refused.
+
+    Compiled models and blocks run uncompiled inside, since compiled code does not see hooks that come and go.
+    """
+    token = object()
+    try:
+        for block in blocks:
+            if vars(block).setdefault("_emag_hooked", token) is not token:      # one atomic operation, for threads
+                raise RuntimeError("this model is inside another observe() or perturb(): one pass at a time per model")
+        with torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
+            yield hooks
+    finally:
+        for block in blocks:
+            if vars(block).get("_emag_hooked") is token:
+                del vars(block)["_emag_hooked"]
+
+
+def _record(block: nn.Module, n: int, ran: list[int], keep: Callable):
+    """Inside, keep(batch size, output) gets what `block` returns. Each of the three hooks notes its runs in `ran`."""
+    def forward(original: Callable, *args, **kwargs):
+        ran.append(n)
+        output = original(*args, **kwargs)
+        keep(len(_first_input(args, kwargs)), output)
+        return output
+
+    return _replaced_forward(block, forward)
+
+
+def _replay(block: nn.Module, n: int, ran: list[int], output: Callable):
+    """Inside, `block` does not run: it returns output(batch size)."""
+    def forward(original: Callable, *args, **kwargs):
+        ran.append(n)
+        return output(len(_first_input(args, kwargs)))
+
+    return _replaced_forward(block, forward)
+
+
+def _catch(block: nn.Module, n: int, ran: list[int], handle: Callable[["_AttentionCall"], Tensor]):
+    """Inside, handle(call) computes the first self-attention of `block`."""
+    def forward(original: Callable, *args, **kwargs):
+        ran.append(n)
+        with _CatchSelfAttention(handle, len(_first_input(args, kwargs))) as mode:
+            output = original(*args, **kwargs)
+        if not mode.caught:
+            raise RuntimeError(f"candidate block {n} ({type(block).__name__}) {mode.what_was_seen(block)}")
+        return output
+
+    return _replaced_forward(block, forward)
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Inside, `module` runs forward(its own forward, *args, **kwargs), uncompiled; afterwards it is as before."""
+    original, had = module.forward, "forward" in vars(module)
+    compiled = vars(module).pop("_compiled_call_impl", None)          # module.compile() lets it run instead of forward
+    try:
+        module.forward = torch.compiler.disable(wraps(original)(partial(forward, original)))
+        yield
+    finally:
+        if compiled is not None:
+            module._compiled_call_impl = compiled
+        if had:
+            module.forward = original
+        else:
+            vars(module).pop("forward", None)
+
+
+def _first_input(args: tuple, kwargs: dict) -> Tensor | list[Tensor]:
+    """The first input that is a tensor, or a list with one tensor per sample; its length is the batch size."""
+    for leaf in tree_leaves((args, kwargs), is_leaf=lambda tree: isinstance(tree, list)):
+        if isinstance(leaf, Tensor) or isinstance(leaf, list) and leaf and isinstance(leaf[0], Tensor):
+            return leaf
+    raise RuntimeError("a hooked model or block was called without a tensor")
+
+
+def _is_batched(x, batch: int) -> bool:
+    return isinstance(x, Tensor) and x.ndim > 0 and len(x) == batch
+
+
+# ------------------------------------------------------------------------------------------- one call of attention
+
+CHUNK = 2**22          # map entries made at a time, 16 MiB in float32
 
 
 @dataclasses.dataclass
@@ -109,6 +582,10 @@ class _AttentionCall:
     scale: float | None = None
     enable_gqa: bool = False
 
+    @property
+    def shape(self) -> tuple[tuple, tuple]:
+        return tuple(self.query.shape), tuple(self.key.shape)
+
     def attend(self) -> Tensor:
         """What the model asked for, by the fused kernel."""
         return F.scaled_dot_product_attention(self.query, self.key, self.value, self.attn_mask, self.dropout_p,
@@ -117,37 +594,109 @@ class _AttentionCall:
     def take(self, rows) -> "_AttentionCall":
         """The same call for some samples of the batch; key and value get as many heads as the query."""
         mask, group = self.attn_mask, self.query.shape[1] // self.key.shape[1]
-        if mask is not None:
-            mask = mask.expand(*self.query.shape[:-1], self.key.shape[-2])[rows]
+        if mask is not None:                                          # (B, heads or 1, N or 1, N), cut to `rows`
+            mask = mask[(None,) * (4 - mask.ndim)].expand(len(self.query), -1, -1, -1)[rows]
         key, value = (x[rows].repeat_interleave(group, dim=1) if group > 1 else x[rows] for x in (self.key, self.value))
         return dataclasses.replace(self, query=self.query[rows], key=key, value=value, attn_mask=mask, enable_gqa=False)
 
-    def map(self, heads: slice, queries: slice, dtype: torch.dtype) -> Tensor:
-        """The rows of A that belong to `queries`: softmax(q·kᵀ·scale + mask), (B, heads, queries, N)."""
+    def head_chunks(self) -> list[slice]:
+        """Slices of heads whose maps have at most CHUNK entries together, or one head each."""
+        batch, heads, queries, _ = self.query.shape
+        size = max(1, CHUNK // (batch * queries * self.key.shape[-2]))
+        return [slice(start, start + size) for start in range(0, heads, size)]
+
+    def attention_map(self, heads: slice, queries: slice, dtype: torch.dtype) -> Tensor:
+        """The rows of A that belong to `queries`: softmax(q·kᵀ·scale + mask), (B, heads, queries, N).
+
+        A row of which every key is masked is 0, as the fused kernels have it.
+        """
         scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
         with _no_autocast(self.query):
             q, k = self.query[:, heads, queries].to(dtype), self.key[:, heads].to(dtype)
             logits = (q * scale) @ k.transpose(-1, -2)
-            if self.attn_mask is not None:
-                mask = self.attn_mask[:, heads, queries]
-                logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-            return logits.softmax(dim=-1)
+            if self.attn_mask is None:
+                return logits.softmax(dim=-1)
+            mask = self.attn_mask.expand(-1, *self.query.shape[1:3], -1)[:, heads, queries]
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.to(dtype)
+            return logits.softmax(dim=-1).masked_fill(logits.amax(dim=-1, keepdim=True) == -torch.inf, 0)
+
+    def mix(self, heads: slice, attn: Tensor) -> Tensor:
+        """What the model goes on with where it attends with other maps: Ã·V."""
+        return (attn @ self.value[:, heads].to(attn.dtype)).to(self.value.dtype)
+
+
+class _HandMade(_AttentionCall):
+    """Attention without the fused kernel: query, key and value are what softmax gave, A itself, (B, heads, N, N)."""
+
+    def attend(self) -> Tensor:
+        return self.query
+
+    def take(self, rows) -> "_HandMade":
+        return _HandMade(*[self.query[rows]] * 3)
+
+    def attention_map(self, heads: slice, queries: slice, dtype: torch.dtype) -> Tensor:
+        return self.query[:, heads, queries].to(dtype, copy=True)
+
+    def mix(self, heads: slice, attn: Tensor) -> Tensor:
+        return attn.to(self.query.dtype)
 
 
 class _CatchSelfAttention(TorchFunctionMode):
-    """While on, hands the first self-attention call to `handle` and lets every other torch function be."""
+    """While on, hands the first self-attention to `handle`, and leaves all other functions unchanged.
 
-    def __init__(self, handle: Callable[[_AttentionCall], Tensor]):
+    That is a call of scaled_dot_product_attention, or a softmax over the last dimension, with as many queries as keys.
+    """
+    FUSED = torch._C._nn.scaled_dot_product_attention      # not F's, which others replace by their own kernel
+    SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
+
+    def __init__(self, handle: Callable[[_AttentionCall], Tensor], batch: int):
         super().__init__()
-        self.handle, self.caught = handle, False
+        self.handle, self.batch, self.caught, self.unequal = handle, batch, False, None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention and not self.caught:
-            call = _AttentionCall(*args, **(kwargs or {}))
-            if call.query.shape[-2] == call.key.shape[-2]:        # else it is cross-attention
-                self.caught = True
-                return self.handle(call)
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is self.FUSED and not self.caught:
+            call = _AttentionCall(*args, **kwargs)
+            if call.query.shape[-2] == call.key.shape[-2]:
+                return self._hand_over(call)
+            self.unequal = call.query.shape[-2], call.key.shape[-2]
+        out = func(*args, **kwargs)
+        if func in self.SOFTMAX and out.ndim in (3, 4) and out.shape[-1] == out.shape[-2]:
+            if self.caught == out.shape:
+                raise RuntimeError("a candidate block makes its map in several parts: EMAG needs one softmax for the "
+                                   "whole batch (diffusers: pipe.disable_attention_slicing())")
+            if not self.caught and kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, out.ndim - 1):
+                # (B·heads, N, N) as well as (B, heads, N, N)
+                maps = out if out.ndim == 4 or len(out) % self.batch else out.unflatten(0, (self.batch, -1))
+                result = self._hand_over(_HandMade(maps, maps, maps)).reshape(out.shape)
+                self.caught = out.shape if out.ndim == 3 else True
+                return result
+        return out
+
+    def _hand_over(self, call: _AttentionCall) -> Tensor:
+        self.caught = True
+        if call.query.ndim == 4 and len(call.query) != self.batch:
+            raise RuntimeError(f"a candidate block gets {self.batch} samples and attends for {len(call.query)}: EMAG "
+                               "needs inputs that are batch-first, and one attention call for the whole batch")
+        return self.handle(call)
+
+    def what_was_seen(self, block: nn.Module) -> str:
+        """Why nothing was caught, for the error line."""
+        if self.unequal is not None:
+            return ("attends with {} queries to {} keys: EMAG needs tokens that attend to each other, as many queries "
+                    "as keys".format(*self.unequal))
+        if any(hasattr(module, "_diffusers_hook") for module in block.modules()):
+            return "did not compute its attention: switch the cache of the model off (diffusers: model.disable_cache())"
+        if any(isinstance(module, nn.MultiheadAttention) for module in block.modules()):
+            return ("attends by nn.MultiheadAttention, inside which nothing is seen: let it call "
+                    "scaled_dot_product_attention instead")
+        if F.scaled_dot_product_attention is not self.FUSED:
+            return ("attends by a function that replaces torch's scaled_dot_product_attention "
+                    f"({F.scaled_dot_product_attention!r}): put the original back")
+        return ("made no self-attention by torch's scaled_dot_product_attention or by softmax: switch from xformers, "
+                "flash-attn or FlexAttention to torch's kernel, in diffusers by set_attention_backend('native') or "
+                "disable_xformers_memory_efficient_attention(), in timm by fused_attn, elsewhere often by "
+                "infer_mode='torch' or attn_mode='torch'")
 
 
 def _no_autocast(like: Tensor):
@@ -155,390 +704,66 @@ def _no_autocast(like: Tensor):
     return torch.autocast(like.device.type, enabled=False)
 
 
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Inside, `module` runs forward(its own forward, *args, **kwargs); afterwards it is exactly as before."""
-    original, had = module.forward, "forward" in vars(module)
-    module.forward = wraps(original)(partial(forward, original))
-    try:
-        yield
-    finally:
-        if had:
-            module.forward = original
-        else:
-            del module.forward
+# ------------------------------------------------------------------------------ what cannot be right is an error
 
 
-def _tensors(tree) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list, dict)):
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(item)
+def _check_options(emag: EMAG):
+    if not emag.layers or emag.layers[0] < 0 or emag.layers[-1] >= len(emag.blocks):
+        raise ValueError(f"layers {emag.layers}: need at least one of 0…{len(emag.blocks) - 1}")
+    for name in ("beta", "strength"):
+        if not 0 <= getattr(emag, name) <= 1:
+            raise ValueError(f"{name} is {getattr(emag, name)}: need 0 ≤ {name} ≤ 1")
+    if emag.variant not in ("map", "image", "query"):
+        raise ValueError(f"variant is {emag.variant!r}: need 'map', 'image' or 'query'")
+    if emag.threshold is not None and math.isnan(emag.threshold):
+        raise ValueError("threshold is nan: need a number, or None for the argmax")
+    if emag.ema_dtype == torch.bfloat16:
+        raise ValueError("ema_dtype bfloat16 has 8 bits, too few for steps of (1−β)·(A−E): need float32 or float16")
 
 
-def _map_tensors(function: Callable[[Tensor], Tensor], tree):
-    """`tree` with every tensor in its nested tuples, lists and dicts replaced by function(tensor)."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, dict):
-        return type(tree)((key, _map_tensors(function, item)) for key, item in tree.items())
-    if isinstance(tree, (tuple, list)):
-        items = [_map_tensors(function, item) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
-    return tree
+def _check_ran(ran: list[int], hooks: list[int], where: str):
+    """Every hook of a pass ran once, in the order of the blocks."""
+    missing, order = set(hooks) - set(ran), sorted(hooks)
+    if missing:
+        raise RuntimeError(f"block {min(missing)} did not run inside {where}: run the model there once, and give its "
+                           "own blocks as `blocks`")
+    if len(ran) > len(order):
+        raise RuntimeError(f"the blocks ran twice inside {where}: one pass of the model at a time")
+    if ran != order:
+        raise RuntimeError(f"the blocks ran in the order {list(dict.fromkeys(ran))}: give `blocks` in that order")
 
 
-# --------------------------------------------------------------------------------------------------------- the class
+def _check_call(n: int, call: _AttentionCall, emag: EMAG):
+    """The attention of candidate block n, cut to the observed rows, is one that EMAG can average."""
+    if call.is_causal:
+        raise RuntimeError(f"candidate block {n} attends causally, which is not supported: EMAG is for maps in which "
+                           "every token sees every other, as diffusion transformers have them")
+    if call.query.ndim != 4 or not len(call.query):
+        raise RuntimeError(f"candidate block {n} attends with queries of shape {tuple(call.query.shape)} for the "
+                           "observed rows: need (batch, heads, tokens, channels), and rows that select a sample")
+    tokens, image = call.query.shape[2], emag.image_tokens
+    if not range(tokens)[image] or (image.stop or 0) > tokens:
+        raise RuntimeError(f"candidate block {n} attends for {tokens} tokens, and image_tokens is {image}: "
+                           "need the slice of them that holds the image")
+    if emag.variant == "query" and isinstance(call, _HandMade):
+        raise RuntimeError(f"candidate block {n} makes its map by hand: variant 'query' has no queries; use 'map'")
 
 
-@dataclasses.dataclass(frozen=True)
-class Observation:
-    """What one observed step found, on the CPU: each (B, L), a column a candidate block, in the order they run.
-
-    attention (B, L, 2, N): a query token's rows of A_t and E_t, means over heads, where EMAG was given a query_token.
-    """
-    deviation: Tensor
-    zscore: Tensor
-    selected: Tensor
-    attention: Tensor | None = None
+def _check_same(n: int, block: nn.Module, call: _AttentionCall, clean: _AttentionCall):
+    """The first perturbed block must get the same queries and keys in both passes."""
+    if not (_close(call.query, clean.query, None, block) and _close(call.key, clean.key, None, block)):
+        raise RuntimeError(f"block {n}, the first to be perturbed, gets other inputs in the negative pass than in the "
+                           "clean one: cut all inputs to the observed rows, and switch dropout off")
 
 
-class EMAG:
-    """Watches the self-attention of candidate blocks along a trajectory and makes the negative from it.
-
-        emag = EMAG(model.blocks, layers=range(12, 16))
-        emag.reset()                                                # before every trajectory
-        with emag.observe(rows):  pred = model(x, t, y)             # rows: the conditional samples of the batch
-        with emag.perturb():      negative = model(x[rows], t[rows], y[rows])
-        pred = emag_update(pred[rows], negative, scale)
-
-    blocks: the model's transformer blocks in the order they run.  layers: the candidates, as indices into it.
-    beta, strength: β and λ, in [0, 1].  threshold: None selects the argmax, τ every block of z ≥ τ.
-    variant: "map" (EMAG) replaces whole attention rows of the image queries, "image" (EMAG-I) only their image columns,
-    "query" (EMAG-Q) the image queries themselves, and makes no map.
-    image_tokens: the slice of the token sequence that holds image tokens, None where all do.
-    reuse: blocks before the first selected one give again what they gave in the clean pass.
-    ema_dtype: of the maps and their average.
-    query_token: an image token, counted from 0, whose attention the trace is to hold, to be looked at.
-
-    Raises ValueError where an argument is out of range, RuntimeError where the model or the order of calls cannot work.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module], layers: Iterable[int], *, beta: float = 0.988,
-                 strength: float = 1.0, variant: str = "map", threshold: float | None = None,
-                 image_tokens: slice | None = None, reuse: bool = True, ema_dtype: torch.dtype = torch.float32,
-                 query_token: int | None = None):
-        self.blocks, self.layers = list(blocks), sorted(set(layers))
-        if not self.layers or self.layers[0] < 0 or self.layers[-1] >= len(self.blocks):
-            raise ValueError(f"layers {self.layers}: need at least one of 0…{len(self.blocks) - 1}")
-        for name, value in (("beta", beta), ("strength", strength)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}: need 0 ≤ {name} ≤ 1")
-        if variant not in ("map", "image", "query"):
-            raise ValueError(f"variant is {variant!r}: need 'map', 'image' or 'query'")
-        if ema_dtype == torch.bfloat16:
-            raise ValueError("ema_dtype bfloat16 has 8 bits, too few to hold a step of 1−β: need float32 or float16")
-        self.beta, self.strength, self.variant, self.threshold = beta, strength, variant, threshold
-        self.image_tokens = slice(None) if image_tokens is None else image_tokens
-        self.reuse, self.ema_dtype, self.query_token = reuse, ema_dtype, query_token
-        self.reset()
-
-    def reset(self):
-        """Forgets everything: a new trajectory starts."""
-        self.trace: list[Observation] = []
-        self._ema: dict[int, list[Tensor]] = {}           # candidate → E, in chunks of heads
-        self._forget_step()
-
-    def _forget_step(self):
-        self._ran: set[int] = set()                       # candidates reached by the pass that is on, or the last one
-        self._batch: int | None = None                    # samples observed
-        self._deviation: dict[int, Tensor] = {}           # candidate → Δ (B,)
-        self._attention: dict[int, Tensor] = {}           # candidate → the query token's rows of A and E (B, 2, N)
-        self._clean: dict[int, _AttentionCall] = {}       # candidate → the call behind A_t, where Ã needs A_t
-        self._outputs: dict[int, object] = {}             # block → what it gave for the observed rows
-
-    @property
-    def deviation(self) -> Tensor:
-        """Δ (B, L) of the last observed step."""
-        return self._last().deviation
-
-    @property
-    def zscore(self) -> Tensor:
-        """z (B, L) of the last observed step."""
-        return self._last().zscore
-
-    @property
-    def selected(self) -> Tensor:
-        """The selected blocks, bool (B, L), of the last observed step."""
-        return self._last().selected
-
-    def _last(self) -> Observation:
-        if not self.trace:
-            raise RuntimeError("nothing was observed yet: run the model inside `with emag.observe():` first")
-        return self.trace[-1]
-
-    # --- the clean pass
-
-    @contextmanager
-    def observe(self, rows=slice(None), update: bool = True) -> Iterator["EMAG"]:
-        """Around the clean pass, which it leaves as it is bit for bit.
-
-        rows: an index into the batch, the conditional samples.  update=False: a second evaluation within one step
-        (Heun's corrector), which advances neither E nor Δ.
-        """
-        self._forget_step()
-        try:
-            with ExitStack() as stack:
-                for index, block in enumerate(self.blocks[:self.layers[-1] + 1]):
-                    stack.enter_context(_replaced_forward(block, partial(self._observe_block, index, rows, update)))
-                yield self
-            missing = [index for index in self.layers if index not in self._ran]
-            if missing:
-                raise RuntimeError(f"candidate block {missing[0]} did not run inside observe(): "
-                                   "run the model there once, and give its own blocks as `blocks`")
-        except BaseException:
-            self._forget_step()                           # so that no negative is made from half a pass
-            raise
-        if update:
-            dev = torch.stack([self._deviation[index] for index in self.layers], dim=1).double().cpu()
-            rows = [self._attention[index] for index in self.layers if self.query_token is not None]
-            self.trace.append(Observation(dev, zscore(dev), select_layers(dev, self.threshold),
-                                          torch.stack(rows, dim=1).cpu() if rows else None))
-
-    def _observe_block(self, index: int, rows, update: bool, forward: Callable, *args, **kwargs):
-        if index in self.layers:
-            out = self._catch(index, partial(self._observe_attention, index, rows, update), forward, args, kwargs)
-        else:
-            out = forward(*args, **kwargs)
-        if self.reuse and index < self.layers[-1]:
-            batch = len(next(_tensors((args, kwargs))))
-            # Copies, since a model may add to its hidden states in place between blocks.
-            self._outputs[index] = _map_tensors(lambda x: x[rows].clone() if x.ndim and len(x) == batch else x, out)
-        return out
-
-    def _observe_attention(self, index: int, rows, update: bool, call: _AttentionCall) -> Tensor:
-        if index in self._ran:
-            raise RuntimeError(f"candidate block {index} ran twice inside one observe(): observe one pass at a time")
-        if call.is_causal:
-            raise RuntimeError(f"candidate block {index} attends causally: EMAG averages maps in which every token "
-                               "sees every other, as diffusion transformers have them")
-        if call.query.ndim != 4:
-            raise RuntimeError(f"candidate block {index} attends with queries of shape {tuple(call.query.shape)}: "
-                               "need (batch, heads, tokens, channels)")
-        clean = call.take(rows)
-        self._ran.add(index)
-        self._batch = len(clean.query)
-        if self.strength < 1 or self.variant == "image":
-            self._clean[index] = clean
-        if update:
-            with torch.no_grad():
-                self._deviation[index] = self._advance(index, clean)
-                if self.query_token is not None:
-                    self._attention[index] = self._attention_rows(index, clean)
-        return call.attend()
-
-    def _advance(self, index: int, clean: _AttentionCall) -> Tensor:
-        """One EMA step of a candidate block, a few heads at a time; returns Δ (B,).
-
-        `ema_update` and `deviation` in one go, since they share the difference d = A_t − E_{t−1}:
-        E_t = E_{t−1} + (1−β)·d and |E_t − A_t| = β·|d|.
-        """
-        chunks = self._ema.get(index)
-        if chunks is None:
-            self._ema[index] = [self._observed(clean, heads) for heads in self._head_chunks(clean)]         # E = A
-            return torch.zeros(len(clean.query), device=clean.query.device)
-        total = 0
-        for heads, ema in zip(self._head_chunks(clean), chunks):
-            attn = self._observed(clean, heads)
-            if attn.shape != ema.shape:
-                raise RuntimeError(f"E is {tuple(ema.shape)}, this pass gives {tuple(attn.shape)}: "
-                                   "call reset() before a new trajectory")
-            d = attn.sub_(ema)
-            ema.add_(d, alpha=1 - self.beta)
-            total = total + self.beta * torch.linalg.vector_norm(d.flatten(1), ord=1, dim=1)
-        return total / sum(ema[0].numel() for ema in chunks)
-
-    def _observed(self, call: _AttentionCall, heads: slice) -> Tensor:
-        """What E averages, for some heads: image queries' rows of A, their image columns, or the queries themselves."""
-        if self.variant == "query":
-            return call.query[:, heads, self.image_tokens].to(self.ema_dtype, copy=True)
-        attn = call.map(heads, self.image_tokens, self.ema_dtype)
-        # A copy, so that E does not keep the text columns alive.
-        return attn[..., self.image_tokens].clone() if self.variant == "image" else attn
-
-    def _attention_rows(self, index: int, clean: _AttentionCall) -> Tensor:
-        """The query token's rows of A_t and of E_t (EMAG-Q: of the map that E^q makes), means over heads: (B, 2, N)."""
-        tokens = range(clean.query.shape[2])[self.image_tokens]
-        if not 0 <= self.query_token < len(tokens):
-            raise RuntimeError(f"query_token is {self.query_token}: need one of the {len(tokens)} image tokens, from 0")
-        row = slice(tokens[self.query_token], tokens[self.query_token] + 1)
-        ema = torch.cat([chunk[:, :, self.query_token, None] for chunk in self._ema[index]], dim=1)
-        attn = clean.map(slice(None), row, self.ema_dtype)
-        if self.variant == "image":
-            attn = attn[..., self.image_tokens]
-        elif self.variant == "query":
-            query = clean.query.clone()
-            query[:, :, row] = ema.to(query.dtype)
-            ema = dataclasses.replace(clean, query=query).map(slice(None), row, self.ema_dtype)
-        return torch.cat([attn, ema], dim=2).mean(dim=1)
-
-    @staticmethod
-    def _head_chunks(call: _AttentionCall) -> Iterator[slice]:
-        """Slices of heads whose maps have at most CHUNK entries together, or one head each."""
-        batch, heads, queries, _ = call.query.shape
-        size = max(1, CHUNK // (batch * queries * call.key.shape[-2]))
-        return (slice(start, start + size) for start in range(0, heads, size))
-
-    # --- the negative pass
-
-    @contextmanager
-    def perturb(self) -> Iterator["EMAG"]:
-        """Around the negative pass, on the rows observed in this step: the selected blocks attend with Ã."""
-        selected = self.selected
-        if self._batch is None:
-            raise RuntimeError("perturb() needs a clean pass of this step: run it inside `with emag.observe():` first")
-        chosen = {index: samples for index, samples in zip(self.layers, selected.T) if samples.any()}
-        with ExitStack() as stack:
-            for index, block in enumerate(self.blocks[:self.layers[-1] + 1]):
-                if self.reuse and index < min(chosen):
-                    stack.enter_context(_replaced_forward(block, partial(self._repeat_block, index)))
-                elif index in chosen:
-                    stack.enter_context(_replaced_forward(block, partial(self._perturb_block, index, chosen[index])))
-            self._ran.clear()
-            yield self
-        if self._ran != chosen.keys():
-            raise RuntimeError(f"block {min(chosen.keys() - self._ran)} was selected and did not run inside perturb(): "
-                               "run the model there once")
-
-    def _repeat_block(self, index: int, forward: Callable, *args, **kwargs):
-        self._check_batch(len(next(_tensors((args, kwargs)))))
-        return _map_tensors(torch.clone, self._outputs[index])
-
-    def _perturb_block(self, index: int, samples: Tensor, forward: Callable, *args, **kwargs):
-        return self._catch(index, partial(self._perturb_attention, index, samples), forward, args, kwargs)
-
-    def _perturb_attention(self, index: int, samples: Tensor, call: _AttentionCall) -> Tensor:
-        """The attention of block `index` with Ã for the image queries of the chosen samples (bool (B,))."""
-        self._check_batch(len(call.query))
-        self._ran.add(index)
-        rows = slice(None) if samples.all() else samples.nonzero()[:, 0].to(call.query.device)
-        if self.variant == "query":
-            query = call.query.clone()
-            for heads, blended in self._blended(index, rows, call):
-                query[rows, heads, self.image_tokens] = blended.to(query.dtype)
-            return dataclasses.replace(call, query=query).attend()
-        value, dtype = call.take(rows).value, call.value.dtype
-        with _no_autocast(value):
-            out = torch.cat([(blended @ value[:, heads].to(blended.dtype)).to(dtype)
-                             for heads, blended in self._blended(index, rows, call)], dim=1)
-        if out.shape[0] == self._batch and out.shape[2] == call.query.shape[2]:
-            return out                                    # no query is left for the fused kernel
-        whole = call.attend()
-        whole[rows, :, self.image_tokens] = out
-        return whole
-
-    def _blended(self, index: int, rows, call: _AttentionCall) -> Iterator[tuple[slice, Tensor]]:
-        """Ã (or q̃) for some samples, a few heads at a time. With λ = 1 it is E itself, and no map is made."""
-        clean = self._clean[index].take(rows) if index in self._clean else None
-        for heads, ema in zip(self._head_chunks(call), self._ema[index]):
-            ema = ema[rows]
-            if self.variant == "image":
-                # Only image → image is replaced; then each row is brought back to sum to one.
-                attn = clean.map(heads, self.image_tokens, self.ema_dtype)
-                attn[..., self.image_tokens] = blend(attn[..., self.image_tokens], ema, self.strength)
-                yield heads, attn / attn.sum(dim=-1, keepdim=True)
-            elif self.strength < 1:
-                yield heads, blend(self._observed(clean, heads), ema, self.strength)
-            else:
-                yield heads, ema
-
-    # --- both
-
-    def _catch(self, index: int, handle: Callable, forward: Callable, args, kwargs):
-        """Runs a candidate block with its self-attention handed to `handle`."""
-        with _CatchSelfAttention(handle) as mode:
-            out = forward(*args, **kwargs)
-        if not mode.caught:
-            raise RuntimeError(f"candidate block {index} ({type(self.blocks[index]).__name__}) made no self-attention "
-                               "call to torch's scaled_dot_product_attention: the model may use another kernel")
-        return out
-
-    def _check_batch(self, batch: int):
-        if batch != self._batch:
-            raise RuntimeError(f"the negative pass got {batch} samples, {self._batch} were observed: "
-                               "call the model on the observed rows alone")
-
-
-# ------------------------------------------------------------------------------------------- for pipelines with CFG
-
-
-@contextmanager
-def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], *, scale: float = 1.5, steps: int = 28,
-          cond: str = "last", channels: slice | None = None, window: Window = Window(),
-          **emag_options) -> Iterator[EMAG]:
-    """EMAG inside a pipeline that doubles the batch for CFG; the pipeline and the model stay as they are.
-
-        with guide(pipe.transformer, pipe.transformer.transformer_blocks, range(6, 9), scale=1.5, steps=28):
-            image = pipe(prompt, num_inference_steps=28, guidance_scale=7.0)
-
-    Each call of `model` is one step: its prediction for the conditional half comes back as ε̃', so that the pipeline's
-    own CFG formula completes the method.
-
-    scale: w_e; 1 is off.  steps: calls in a trajectory; after as many a new one starts.
-    cond: the half of the batch that is conditional, "first" or "last", or "all" of a batch that is not doubled.
-    channels: the output channels that are the prediction, where others are a variance.  emag_options: as for EMAG.
-
-    Raises ValueError where an argument is out of range, RuntimeError where the calls do not fill whole trajectories.
-    """
-    if cond not in ("first", "last", "all"):
-        raise ValueError(f"cond is {cond!r}: need 'first', 'last' or 'all'")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}: need at least 1")
-    emag, calls = EMAG(blocks, layers, **emag_options), 0
-
-    def forward(original: Callable, *args, **kwargs):
-        nonlocal calls
-        step = calls % steps
-        calls += 1
-        if step == 0:
-            emag.reset()
-        if not window.observes(step, steps):
-            return original(*args, **kwargs)
-        batch = len(next(_tensors((args, kwargs))))
-        if cond != "all" and batch % 2:
-            raise RuntimeError(f"a batch of {batch} samples has no conditional half: is the pipeline's CFG on?")
-        rows = {"first": slice(batch // 2), "last": slice(batch // 2, None), "all": slice(None)}[cond]
-        with emag.observe(rows):
-            out = original(*args, **kwargs)
-        if not window.perturbs(step, steps):
-            return out
-        args, kwargs = _map_tensors(lambda x: x[rows] if x.ndim and len(x) == batch else x, (args, kwargs))
-        with emag.perturb():
-            negative = _prediction(original(*args, **kwargs))
-        guided, part = _prediction(out).clone(), (rows, slice(None) if channels is None else channels)
-        guided[part] = emag_update(guided[part], negative[:, part[1]], scale)
-        return _with_prediction(out, guided)
-
-    with ExitStack() as stack:
-        if scale != 1:
-            stack.enter_context(_replaced_forward(model, forward))
-        yield emag
-    if scale != 1 and (calls == 0 or calls % steps):
-        raise RuntimeError(f"the model was called {calls} times inside guide(), which is no multiple of steps={steps}: "
-                           "give the number of calls that the pipeline makes for one batch of images")
-
-
-def _prediction(out) -> Tensor:
-    """What a model returned, less its wrapping: a tensor, a tuple, or an output class whose first field it is."""
-    return out if isinstance(out, Tensor) else out[0]
-
-
-def _with_prediction(out, pred: Tensor):
-    """`out` in its own wrapping, with another prediction."""
-    if isinstance(out, Tensor):
-        return pred
-    if dataclasses.is_dataclass(out):
-        return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: pred})
-    return type(out)((pred, *out[1:]))
+def _close(new: Tensor, old: Tensor, other: Tensor | None, module: nn.Module) -> bool:
+    """Equal up to rounding, TF32 and a batch of another size; and nearer than a quarter of the way to `other`."""
+    dtypes = {old.dtype, *(p.dtype for p in module.parameters())}
+    if torch.is_autocast_enabled(old.device.type):
+        dtypes.add(torch.get_autocast_dtype(old.device.type))
+    eps = max(torch.finfo(dtype).eps if dtype.is_floating_point else 2**-7 for dtype in dtypes)     # int8: quantised
+    allowed = max(1e-3, 8 * eps)
+    size = old.float().norm()
+    if other is not None:
+        allowed = min(allowed, max(1e-3, 2 * eps, ((other - old).float().norm() / size).item() / 4))
+    return new.shape == old.shape and bool((new - old).float().norm() <= allowed * size)

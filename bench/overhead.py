@@ -17,6 +17,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,10 +28,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dit import DIT_SIZES, DiT  # noqa: E402
 from emag import EMAG, Window, cfg_update, emag_update  # noqa: E402
-from sampler import flow_times, guided, network  # noqa: E402
+from sampler import APG, CADS, flow_times, guided, network  # noqa: E402
 
 BETA, SCALE, CFG = 0.988, 1.5, 7.0
-APG, CADS = dict(apg_settings=(0.0, 5.0, -0.5)), dict(cads_settings=(0.6, 0.9, 0.005, 1.0))
 DIT_WINDOW, SD3_WINDOW = Window(0.6, 0.4, 0.2), Window(1.0, 0.8, 0.2)
 
 
@@ -163,14 +163,20 @@ def main():
         if joint:
             rows["EMAG-I"] = (dict(variant="image"), {})
         else:
-            rows |= {"EMAG without CFG": ({}, dict(cfg=1.0)), "APG": (None, APG), "CADS": (None, CADS),
-                     "EMAG + APG": ({}, APG), "EMAG + CADS": ({}, CADS)}
+            # Made anew for each trajectory, whose state they hold.
+            apg = dict(combine=partial(APG, "velocity", CFG, 0.0, 5.0, -0.5))
+            cads = dict(condition=partial(CADS, torch.randn_like, 0.6, 0.9, 0.005, 1.0))
+            rows |= {"EMAG without CFG": ({}, dict(cfg=1.0)), "APG": (None, apg), "CADS": (None, cads),
+                     "EMAG + APG": ({}, apg), "EMAG + CADS": ({}, cads)}
         emags = {label: EMAG(blocks, layers, beta=BETA, image_tokens=image_tokens, **options)
                  for label, (options, _) in rows.items() if options is not None}
         measured = []
         for _ in range(1 + args.rounds):
-            predicts = {label: guided(net, y, null, steps=steps, emag=emags.get(label), emag_scale=SCALE, window=window,
-                                      **(dict(cfg=CFG) | options)) for label, (_, options) in rows.items()}
+            predicts = {}
+            for label, (_, options) in rows.items():
+                made = {name: option() if callable(option) else option for name, option in options.items()}
+                predicts[label] = guided(net, y, null, steps=steps, emag=emags.get(label), emag_scale=SCALE,
+                                         window=window, **(dict(cfg=CFG) | made))
             if not joint:
                 predicts["authors' flow"] = AuthorsFlow(copy, copy_net, y, null, layers)
             # The round before the first warms up, and a few steps are enough for that.

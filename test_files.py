@@ -1,0 +1,250 @@
+"""What a bad checkpoint does: one ValueError line that names the file and what is wrong, and no warning beside it."""
+import json
+import re
+import warnings
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit import DIFFUSERS_NAMES, DiT, LatentDecoder, fingerprint, load_decoder, load_dit
+
+CONFIG = dict(input_size=8, patch_size=4, in_channels=3, hidden_size=32, depth=2, num_heads=4, num_classes=3,
+              learn_sigma=False)
+META = dict(prediction="noise", class_names=["cat", "dog", "emu"], settings={"steps": 5}, latent=False)
+DIT, VAE = DiT(**CONFIG).state_dict(), LatentDecoder((32,) * 4).state_dict()
+ENTRY = dict(dtype="F32", shape=[2], data_offsets=[0, 8])                       # of the header of a safetensors file
+BIAS, PROJ, LABELS = "blocks.1.mlp.fc2.bias", "x_embedder.proj.weight", "y_embedder.embedding_table.weight"
+KEY, CONV, QUANT = "transformer_blocks.1.attn1.to_k.weight", "decoder.up_blocks.2.resnets.2.conv2.", "post_quant_conv."
+
+
+def diffusers_layout() -> dict[str, Tensor]:
+    state = {}
+    for name, tensor in DIT.items():
+        for theirs, ours in sorted(DIFFUSERS_NAMES.items(), key=lambda pair: -len(pair[1])):
+            name = name.replace(ours, theirs)
+        if name.startswith("norm1.emb"):
+            state |= {f"transformer_blocks.{i}.{name}": tensor for i in range(CONFIG["depth"])}
+        elif ".to_q." in name:
+            state |= {name.replace("to_q", f"to_{which}"): part for which, part in zip("qkv", tensor.chunk(3))}
+        elif name != "pos_embed":
+            state[name] = tensor
+    return state
+
+
+def changed(whole: dict, change):
+    """whole with entries changed, or left out where the change is `...`; what is no dict stands for the whole."""
+    if not isinstance(change, dict):
+        return change
+    return {name: value for name, value in (whole | change).items() if value is not ...}
+
+
+# Each of these gives a function that writes a file. The arguments are changes to a file that loads.
+
+
+def own(config={}, meta={}, model={}):
+    return lambda path: torch.save({"model": changed(DIT, model), "config": changed(CONFIG, config),
+                                    "meta": changed(META, meta)}, path)
+
+
+def official(change={}):
+    return lambda path: torch.save(changed(DIT, change), path)
+
+
+def vae(change={}):
+    return lambda path: torch.save(changed(VAE, change), path)
+
+
+def diffusers(config={}, change={}):
+    def write(path: Path):
+        torch.save(changed(diffusers_layout(), change), path)
+        content = changed(dict(sample_size=8, num_attention_heads=4), config)
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        path.with_name("config.json").write_bytes(content)
+    return write
+
+
+def safetensors(header, data: bytes = bytes(24)):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return lambda path: path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def torchscript(path: Path):
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("data.pkl", "constants.pkl", "version"):
+            file.writestr(f"bad/{name}", b"3")
+
+
+# name: (function that writes it, what the line says)
+
+HEADERS = {f"header {name}": (safetensors(header), words) for name, header, words in (
+    ("null", None, "header holds a NoneType: need a dict"), ("list", [1], "header holds a list: need a dict"),
+    ("string", "x", "header holds a str: need a dict"), ("number", 7, "header holds a int: need a dict"),
+    ("not UTF-8", b'{"\xff\xfe": 1}', "cannot be read"),
+    ("with 5000 digits", b'{"x": ' + b"1" * 5000 + b"}", "digits"),
+    ("entry null", {"x": None}, "has None for x: need"), ("entry list", {"x": [0, 8]}, "has [0, 8] for x: need"),
+    ("entry of three lines", {"x": "a\nb\u2028c"}, "has a b c for x: need"),
+    ("overlap", {"x": ENTRY, "y": ENTRY | {"data_offsets": [4, 12]}}, "overlap: each needs bytes of its own"),
+    ("of the three parts", {"model": ENTRY, "config": ENTRY | {"data_offsets": [8, 16]},
+                            "meta": ENTRY | {"data_offsets": [16, 24]}}, "model holds a Tensor: need a dict"))}
+HEADERS |= {f"{key} {value}": (safetensors({"x": changed(ENTRY, {key: value})}), words) for key, words, values in (
+    ("dtype", "need one of the dtypes F64 F32 F16 BF16", (..., None, "F8_E4M3", ["F32"])),
+    ("shape", "and a shape that fills the data_offsets",
+     (..., None, 2, "2", ["2"], [float("nan")], [2.0], [-1], [1], [2, 2], [10**30], [0, 10**30])),
+    ("data_offsets", "and a shape that fills the data_offsets",
+     (..., None, 8, [0], [0, 8, 1], ["0", "8"], [0.0, 8.0], [-8, 0], [-16, -8], [8, 0], [0, 7]))) for value in values}
+
+OWN = {f"config {name} {value}": (own(config={name: value}), f"the {name} {None if value is ... else value!r}: "
+                                  f"its weights need {CONFIG[name]}") for name, values in (
+    ("depth", (10**6, 0, "2", [2], ...)), ("hidden_size", (10**10, -32)), ("patch_size", (0,)),
+    ("input_size", (9, None)), ("num_classes", (-2, ...)), ("in_channels", ("RGB",)), ("learn_sigma", ("no",))
+    ) for value in values}
+OWN |= {f"config num_heads {value!r}": (own(config={"num_heads": value}), f"{value!r} heads do not divide 32 channels")
+        for value in (0, -4, 5, "4", 4.0, [4])}
+OWN |= {f"meta {name} {value!r}": (own(meta={name: value}), f"{name} {None if value is ... else value!r}: need {words}")
+        for name, words, values in (
+    ("prediction", "noise or velocity", (..., "flow", ["noise"])), ("flow", "rf or sit", ("up",)),
+    ("settings", "a dict or None", ([5], "ddim")), ("latent", "True, or False for RGB of 3 channels", ("no", 1)),
+    ("class_names", "3 different strings, none empty or with a line break", (
+        ["cat", "dog"], ["cat", "dog", "emu", "fox"], ["cat", "dog", "cat"], [0, 1, 2], [["cat"], ["dog"], ["emu"]],
+        "cat", {"cat": 0, "dog": 1, "emu": 2}, None, ["cat", "dog\n", "emu"], ["cat", "d\u2028g", "emu"],
+        ["cat", "\x1b[2J", "emu"], ["cat", "", "emu"]))) for value in values}
+OWN |= {f"weight {name}": (own(model={BIAS: weight}), f"'{BIAS}' names a {kind}: need names of dense floating-point")
+        for name, kind, weight in (
+    ("list", "list", [0.0] * 32), ("None", "NoneType", None), ("int64", "tensor of torch.int64", torch.arange(32)),
+    ("complex", "tensor of torch.complex64", torch.zeros(32, dtype=torch.complex64)),
+    ("sparse", "tensor of torch.float32", torch.eye(32)[0].to_sparse()),
+    ("without data", "tensor of torch.float32", torch.zeros(32, device="meta")))}
+OWN |= {"parts lists": (own([1], ["noise"], [2]), "model holds a list: need a dict"),
+        "config list": (own(config=[1]), "config holds a list: need a dict"),
+        "meta None": (own(meta=None), "meta holds a NoneType: need a dict"),
+        "name 5": (own(model={5: torch.zeros(1)}), "5 names a tensor of torch.float32: need names"),
+        "RGB of 4 channels": (lambda path: torch.save({"model": DiT(**CONFIG | {"in_channels": 4}).state_dict(),
+                                                       "config": CONFIG | {"in_channels": 4}, "meta": META}, path),
+                              "latent False: need True, or False for RGB of 3 channels"),
+        "num_heads missing": (own(config={"num_heads": ...}), "pass --heads"),
+        "TorchScript": (torchscript, "TorchScript")}
+
+OFFICIAL = {
+    "ema list": (lambda path: torch.save({"ema": [1]}, path), "ema holds a list: need a dict"),
+    "ema None": (lambda path: torch.save({"ema": None}, path), "ema holds a NoneType: need a dict"),
+    "weight float": (official({BIAS: 0.0}), f"'{BIAS}' names a float: need names of dense floating-point tensors"),
+    "patches (32, 48)": (official({PROJ: torch.zeros(32, 48)}), f"{PROJ} has the shape (32, 48): need four dimensions"),
+    "patches (32,)": (official({PROJ: torch.zeros(32)}), f"{PROJ} has the shape (32,): need four dimensions"),
+    "patches (32, 3, 4, 0)": (official({PROJ: torch.zeros(32, 3, 4, 0)}), f"'{PROJ}' names a tensor"),
+    "pos_embed (128,)": (official({"pos_embed": torch.zeros(128)}), "first pos_embed of (128,) for (1, 4, 32)"),
+    "pos_embed (1, 5, 32)": (official({"pos_embed": torch.zeros(1, 5, 32)}), "5 tokens and 3 classes beside the null"),
+    "labels ()": (official({LABELS: torch.tensor(1.0)}), f"'{LABELS}' names a tensor"),
+    "labels (1, 32)": (official({LABELS: torch.zeros(1, 32)}), "0 classes beside the null class: need"),
+    "labels by the billion": (official({LABELS: torch.zeros(1, dtype=torch.half).expand(10**12, 32)}),
+                              f"'{LABELS}' names a tensor"),
+    "no blocks": (official({name: ... for name in DIT if "blocks." in name}), "0 tensors in 0 blocks: need"),
+    "block x": (official({"blocks.x.attn": torch.zeros(1)}), "1 unexpected keys, first blocks.x.attn"),
+    "block 10**6": (official({"blocks.1000000.attn": torch.zeros(1)}), "21 tensors in 1000001 blocks: need")}
+
+DIFFUSERS = {f"config.json {str(config)[:30]}": (diffusers(config), words) for config, words in (
+    (b"", "config.json: cannot be read"), (b"{'sample_size': 8}", "config.json: cannot be read"),
+    (b'{"sample_size": 8', "config.json: cannot be read"), (b"\xff\xfe\xfd", "config.json: cannot be read"),
+    (None, "config.json: the file holds a NoneType: need a dict"), ([8], "config.json: the file holds a list"),
+    ({"num_attention_heads": "4"}, "'4' heads do not divide 32 channels"),
+    ({"num_attention_heads": 0}, "0 heads do not divide 32 channels"),
+    ({"num_attention_heads": [4]}, "[4] heads do not divide 32 channels"))}
+DIFFUSERS |= {f"sample_size {value}": (diffusers({"sample_size": value}), f"sample_size {value!r}: need a "
+                                       "multiple of the patch size 4, at most 1024")
+              for value in ("8", [8, 8], 0, -8, 9, 8.0, float("nan"), 10**7)}
+DIFFUSERS |= {"key list": (diffusers(change={KEY: [0.0]}), f"'{KEY}' names a list"),
+              "key of another width": (diffusers(change={KEY: torch.zeros(32, 31)}), "Sizes of tensors must match")}
+
+VAES = {
+    "no bias": (vae({QUANT + "bias": ...}), "1 missing keys, first post_quant_conv.bias"),
+    "no post_quant_conv": (vae({QUANT + "bias": ..., QUANT + "weight": ...}), "'post_quant_conv.weight' is missing"),
+    "weight list": (vae({CONV + "weight": [1]}), f"'{CONV}weight' names a list"),
+    "weight ()": (vae({QUANT + "weight": torch.tensor(1.0)}), f"'{QUANT}weight' names a tensor"),
+    "bias int64": (vae({QUANT + "bias": torch.arange(4)}), f"'{QUANT}bias' names a tensor of torch.int64"),
+    "48 channels": (vae({name: torch.zeros(48, *VAE[name].shape[1:]) for name in VAE if "resnets.2.conv2" in name}),
+                    "levels have [48, 48, 48, 48] channels: need multiples of 32"),
+    "name 5": (lambda path: torch.save({5: torch.zeros(1)}, path), "not an autoencoder in the diffusers layout: it h")}
+
+BAD = [pytest.param(load, suffix, *case, id=f"{kind}: {name}".replace("\n", " ")) for kind, load, suffix, cases in (
+    ("safetensors", load_dit, ".safetensors", HEADERS), ("own", load_dit, ".pt", OWN),
+    ("official", partial(load_dit, heads=4), ".pt", OFFICIAL), ("diffusers", load_dit, ".bin", DIFFUSERS),
+    ("vae", load_decoder, ".bin", VAES)) for name, case in cases.items()]
+
+
+@pytest.mark.parametrize("load, suffix, write, words", BAD)
+def test_a_bad_file_is_one_line_that_names_it(load, suffix, write, words, tmp_path):
+    path = tmp_path / f"bad{suffix}"
+    write(path)
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(ValueError) as refusal:
+        warnings.simplefilter("always")
+        load(path)
+    line = str(refusal.value)
+    assert line.startswith(f"{path}: ") and len(line.splitlines()) == 1 and words in line and not warned
+
+
+def test_the_bad_files_are_good_but_for_one_change(tmp_path):
+    for write, load in ((own(), load_dit), (official(), partial(load_dit, heads=4)), (diffusers(), load_dit)):
+        write(tmp_path / "good.bin")
+        model, _ = load(tmp_path / "good.bin")
+        assert all(torch.equal(tensor, DIT[name]) for name, tensor in model.state_dict().items())
+    vae()(tmp_path / "good.bin")
+    assert load_decoder(tmp_path / "good.bin").state_dict().keys() == VAE.keys()
+
+
+@pytest.mark.parametrize("meta", [
+    {"class_names": []}, {"class_names": ["👩‍🚒", "می‌خواهم", "L'été, 2"]}, {"settings": None},
+    {"settings": ..., "class_names": ..., "latent": ...}, {"latent": True, "flow": "sit"}])
+def test_meta_that_makes_sense_is_kept(meta, tmp_path):
+    own(meta=meta)(tmp_path / "own.pt")
+    expected = changed(dict(flow="rf") | META, meta)
+    assert load_dit(tmp_path / "own.pt")[1] == dict(settings={}, class_names=[], latent=False) | expected
+
+
+@pytest.mark.parametrize("write", [own(), diffusers()])
+def test_heads_that_contradict_the_checkpoint(write, tmp_path):
+    write(tmp_path / "said.bin")
+    assert load_dit(tmp_path / "said.bin", heads=4)[0].blocks[0].attn.heads == 4
+    for heads in (0, 2, -4):
+        with pytest.raises(ValueError, match=f"said.bin: --heads {heads}: this checkpoint says 4: leave the flag out"):
+            load_dit(tmp_path / "said.bin", heads=heads)
+    official()(tmp_path / "unsaid.pt")
+    for heads in (0, -4, 5):
+        with pytest.raises(ValueError, match=f"unsaid.pt: {heads} heads do not divide 32 channels"):
+            load_dit(tmp_path / "unsaid.pt", heads=heads)
+
+
+def test_a_name_of_two_lines_makes_one():
+    with pytest.raises(ValueError, match="^two lines.pt: no such checkpoint file$"):
+        load_dit("two\nlines.pt")
+    with pytest.raises(ValueError, match="File name too long"):
+        load_dit("x" * 300)
+
+
+def test_a_decoder_of_other_latents(tmp_path):
+    vae()(tmp_path / "vae.bin")
+    assert load_decoder(tmp_path / "vae.bin", channels=4).post_quant_conv.in_channels == 4
+    with pytest.raises(ValueError, match="vae.bin: decodes latents of 4 channels, and the DiT samples 3"):
+        load_decoder(tmp_path / "vae.bin", channels=3)
+
+
+def test_the_folder_of_a_model_names_its_config(tmp_path):
+    diffusers(b"{")(tmp_path / "model.bin")
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'config.json'}: cannot be read")):
+        load_dit(tmp_path)
+
+
+def test_the_fingerprint_stands_for_the_weights(tmp_path):
+    def print_of(changes: dict = {}) -> str:
+        own(model=changes)(tmp_path / "own.pt")
+        return fingerprint(load_dit(tmp_path / "own.pt")[0])
+
+    whole, weight = print_of(), DIT[BIAS].clone()
+    weight[7] = torch.nextafter(weight[7], torch.tensor(1.0))
+    prints = [whole, print_of({BIAS: weight}), print_of({BIAS: weight.flip(0)}),
+              print_of({BIAS: weight, "blocks.0.mlp.fc2.bias": weight}), print_of({"blocks.0.mlp.fc2.bias": weight})]
+    assert re.fullmatch("[0-9a-f]{12}", whole) and len(set(prints)) == len(prints) and print_of() == whole
+    model = load_dit(tmp_path / "own.pt")[0]
+    assert fingerprint(model.to(torch.bfloat16)) != whole and fingerprint(LatentDecoder((32,) * 4)) != whole
