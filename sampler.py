@@ -565,7 +565,8 @@ def prepare(args: argparse.Namespace, per_class: int = 8) -> tuple:
     settings, classes = dataclasses.replace(settings, **given), given["classes"]
     need(settings.sampler in samplers, f"--sampler {settings.sampler}: {name} needs {' or '.join(samplers)}")
     need((settings.guide_channels or 1) <= channels, f"--guide-channels {settings.guide_channels}: need 1…{channels}")
-    need(settings.num or len(classes) <= 32, f"--classes: {len(classes)} are too many: name some, or say --num")
+    need(settings.num or len(classes) <= 32, f"--classes: {len(classes)} are too many for one grid: need --num, or some of "
+         + (", ".join(names) if names else "them, such as 0,1"))
     labels = [classes[i % len(classes)] for i in range(settings.num or len(classes) * per_class)]
     settings = dataclasses.replace(settings, num=len(labels), classes=[names[c] if names else c for c in classes])
     return model.to(device, getattr(torch, settings.dtype)), meta, decoder, settings, labels

@@ -184,7 +184,7 @@ sampler --heads two                            | argument --heads: invalid int v
 sampler --ckpt latent.pt --latents new.npy     | latent.pt: 3 blocks of 32 channels is none of DiT-S, B, L, XL: pass --heads
 sampler --ckpt latent.pt --heads 0 --vae vae.bin  | 0 heads do not divide 32 channels: need a whole number that does
 sampler --ckpt latent.pt --heads 4             | latent.pt samples latents: need --vae sd-vae-ft-ema, or sampler.py --latents
-sampler --ckpt latent.pt --heads 4 --vae vae.bin  | --classes: 40 are too many: name some, or say --num
+sampler --ckpt latent.pt --heads 4 --vae vae.bin  | --classes: 40 are too many for one grid: need --num, or some of them
 sampler --ckpt latent.pt --heads 4 --vae vae8.bin | vae8.bin: decodes latents of 8 channels, and the DiT samples 4
 sampler --ckpt latent.pt --heads 4 --vae missing  | missing: no such checkpoint file
 sampler --ckpt latent.pt --heads 4 --vae latent.pt --num 1 | latent.pt: not an autoencoder
