@@ -743,6 +743,7 @@ CALLS = {                                                        # name: (the ca
     "keywords": (lambda q, k, v, mask: SDPA(value=v, key=k, query=q, dropout_p=0.0), {}, None),
     "boolean mask": (lambda q, k, v, mask: SDPA(q, k, v, mask), {}, KEPT | torch.eye(6, dtype=torch.bool)),
     "additive mask": (lambda q, k, v, mask: SDPA(q, k, v, attn_mask=EVERY_HEAD), dict(mask=EVERY_HEAD), None),
+    "additive mask for all heads": (lambda q, k, v, mask: SDPA(q, k, v, EVERY_HEAD[0]), dict(mask=EVERY_HEAD[0]), None),
     "boolean mask, rows without a key": (lambda q, k, v, mask: SDPA(q, k, v, mask), {}, NONE_KEPT),
     "additive mask, rows without a key": (lambda q, k, v, mask: SDPA(q, k, v, mask), {}, NONE_KEPT.double().log()),
     "scale": (lambda q, k, v, mask: SDPA(q, k, v, scale=0.3), dict(scale=0.3), None),
