@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "demo", "bench")]
 from dit import fingerprint, load_dit  # noqa: E402
 from emag import EMAG, Window, cfg_update  # noqa: E402
 from sampler import (DEMO, SAMPLERS, TIMES, SampleNoise, Settings, Step, guided, network, sample,  # noqa: E402
