@@ -1514,7 +1514,7 @@ def test_the_grid_and_its_settings(files, tmp_path, capsys):
     """The picture holds what `sample` gives, dealt to the classes in turn, batch by batch, with the settings in it."""
     path, pictures = tmp_path / "grid.png", []
     for flags in ([], [], ["--emag", 1], ["--emag", 0], ["--seed", 9]):
-        code, out, err = run_cli(capsys, "--ckpt", files / "flow.pt", "--num", 5, "--batch", 2, *flags, "--out", path)
+        code, out, err = run_cli(capsys, "--ckpt", files / "flow.pt", "--num", 5, "--batch", 3, *flags, "--out", path)
         shown, summary = out.splitlines()
         assert (code, err) == (0, "") and summary.startswith(f"{path}: 5 images, euler 3 steps")
         image = Image.open(path)
