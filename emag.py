@@ -12,6 +12,7 @@ Symbols: A attention map, E its moving average, Δ deviation, ε prediction (noi
 """
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
@@ -266,10 +267,9 @@ class EMAG:
     def _averaged(self, call: "_AttentionCall", heads: slice) -> Tensor:
         """What E averages, for some heads: image queries' rows of A, their image columns, or the queries themselves."""
         if self.variant == "query":
-            return call.query[:, heads, self.image_tokens].to(self.ema_dtype, copy=True)
+            return call.query[:, heads, self.image_tokens].to(self.ema_dtype)
         attn = call.attention_map(heads, self.image_tokens, self.ema_dtype)
-        # A copy, so that E does not keep the text columns alive.
-        return attn[..., self.image_tokens].clone() if self.variant == "image" else attn
+        return attn[..., self.image_tokens] if self.variant == "image" else attn
 
     # What the hooks of the negative pass do.
 
@@ -396,6 +396,7 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
 
     with ExitStack() as hooks:
         if scale != 1:
+            hooks.enter_context(_claimed([model], "guide()"))
             hooks.enter_context(_replaced_forward(model, forward))
         try:
             yield emag
@@ -456,6 +457,8 @@ def _check_cut(model: nn.Module, original: Callable, args: tuple, kwargs: dict, 
 
 def _prediction(out):
     """What a model returned, without the tuple or output class around it: a tensor, or a list with one per sample."""
+    if dataclasses.is_dataclass(out):
+        return getattr(out, dataclasses.fields(out)[0].name)
     return out if isinstance(out, (Tensor, list)) else out[0]
 
 
@@ -485,22 +488,42 @@ def _with_prediction(out, pred):
 
 
 @contextmanager
-def _hooking(blocks: Sequence[nn.Module]) -> Iterator[ExitStack]:
-    """For the hooks of one pass. Two passes at a time would undo each other's hooks, so the second is refused.
-
-    Compiled models and blocks run uncompiled inside, since compiled code does not see hooks that come and go.
-    """
-    token = object()
+def _claimed(modules: Sequence[nn.Module], kind: str) -> Iterator[None]:
+    """Two passes, or two guides, on one model at a time would undo each other's hooks, so the second is refused."""
+    name, token = f"_emag_{kind}", object()
     try:
-        for block in blocks:
-            if vars(block).setdefault("_emag_hooked", token) is not token:      # one atomic operation, for threads
-                raise RuntimeError("this model is inside another observe() or perturb(): one pass at a time per model")
-        with torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
-            yield hooks
+        for module in modules:
+            if vars(module).setdefault(name, token) is not token:               # one atomic operation, for threads
+                raise RuntimeError(f"this model is inside another {kind}: one pass at a time per model")
+        yield
     finally:
-        for block in blocks:
-            if vars(block).get("_emag_hooked") is token:
-                del vars(block)["_emag_hooked"]
+        for module in modules:
+            if vars(module).get(name) is token:
+                del vars(module)[name]
+
+
+_EAGER: list = []          # one entry per pass that is on, in whatever thread; the first one is the switch
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _hooking(blocks: Sequence[nn.Module]) -> Iterator[ExitStack]:
+    """For the hooks of one pass.
+
+    Compiled models and blocks run uncompiled inside, since compiled code does not see hooks that come and go. That
+    switch is one for all threads: the first pass sets it, and the last one out puts it back.
+    """
+    with _claimed(blocks, "observe() or perturb()"):
+        with _LOCK:
+            _EAGER.append(None if _EAGER else torch.compiler.set_stance("force_eager"))
+        try:
+            with ExitStack() as hooks:
+                yield hooks
+        finally:
+            with _LOCK:
+                stance = _EAGER.pop()
+                if not _EAGER:
+                    stance.__exit__(None, None, None)
 
 
 def _record(block: nn.Module, n: int, ran: list[int], keep: Callable):
@@ -568,6 +591,7 @@ def _is_batched(x, batch: int) -> bool:
 # ------------------------------------------------------------------------------------------- one call of attention
 
 CHUNK = 2**22          # map entries made at a time, 16 MiB in float32
+FUSED = torch._C._nn.scaled_dot_product_attention          # not F's, which others replace by a function of their own
 
 
 @dataclasses.dataclass
@@ -588,8 +612,8 @@ class _AttentionCall:
 
     def attend(self) -> Tensor:
         """What the model asked for, by the fused kernel."""
-        return F.scaled_dot_product_attention(self.query, self.key, self.value, self.attn_mask, self.dropout_p,
-                                              self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa)
+        return FUSED(self.query, self.key, self.value, self.attn_mask, self.dropout_p, self.is_causal,
+                     scale=self.scale, enable_gqa=self.enable_gqa)
 
     def take(self, rows) -> "_AttentionCall":
         """The same call for some samples of the batch; key and value get as many heads as the query."""
@@ -635,7 +659,7 @@ class _HandMade(_AttentionCall):
         return _HandMade(*[self.query[rows]] * 3)
 
     def attention_map(self, heads: slice, queries: slice, dtype: torch.dtype) -> Tensor:
-        return self.query[:, heads, queries].to(dtype, copy=True)
+        return self.query[:, heads, queries].to(dtype)
 
     def mix(self, heads: slice, attn: Tensor) -> Tensor:
         return attn.to(self.query.dtype)
@@ -646,7 +670,6 @@ class _CatchSelfAttention(TorchFunctionMode):
 
     That is a call of scaled_dot_product_attention, or a softmax over the last dimension, with as many queries as keys.
     """
-    FUSED = torch._C._nn.scaled_dot_product_attention      # not F's, which others replace by their own kernel
     SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 
     def __init__(self, handle: Callable[[_AttentionCall], Tensor], batch: int):
@@ -655,7 +678,7 @@ class _CatchSelfAttention(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is self.FUSED and not self.caught:
+        if func is FUSED and not self.caught:
             call = _AttentionCall(*args, **kwargs)
             if call.query.shape[-2] == call.key.shape[-2]:
                 return self._hand_over(call)
@@ -690,7 +713,7 @@ class _CatchSelfAttention(TorchFunctionMode):
         if any(isinstance(module, nn.MultiheadAttention) for module in block.modules()):
             return ("attends by nn.MultiheadAttention, inside which nothing is seen: let it call "
                     "scaled_dot_product_attention instead")
-        if F.scaled_dot_product_attention is not self.FUSED:
+        if F.scaled_dot_product_attention is not FUSED:
             return ("attends by a function that replaces torch's scaled_dot_product_attention "
                     f"({F.scaled_dot_product_attention!r}): put the original back")
         return ("made no self-attention by torch's scaled_dot_product_attention or by softmax: switch from xformers, "

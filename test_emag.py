@@ -478,6 +478,56 @@ def test_two_threads_on_one_model(case):
     assert refusals == [1, 1] and len(emag.trace) == 1 and state(case.model) == before
 
 
+def test_a_wrapper_of_torchs_kernel_acts_once(monkeypatch):
+    """The clean pass goes on with the kernel that was caught, not with what a library put in its place."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *rest, **options: SDPA(2 * q, *rest, **options))
+    block = Attends(lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v))
+    plain = block(attend_inputs(0))
+    with EMAG([block], [0]).observe():
+        assert torch.equal(block(attend_inputs(0)), plain)
+
+
+def test_two_guides_on_one_model_leave_no_hook():
+    """As two threads make them: entered one after the other, left in the same order. The second is refused."""
+    case = Case("dit")
+    before = state(case.model)
+    one, two = (guide(case.model, case.blocks, (1, 2), steps=1, cond="all") for _ in range(2))
+    for context in (one, two):
+        try:
+            context.__enter__()
+        except RuntimeError:
+            pass
+    for context in (one, two):
+        try:
+            context.__exit__(None, None, None)
+        except (RuntimeError, AttributeError):
+            pass
+    assert state(case.model) == before
+
+
+def test_two_models_in_two_threads_leave_the_stance_as_it_was():
+    """set_stance is one for all threads: A in, B in, A out, B out must not leave "force_eager" behind."""
+    import torch._dynamo.eval_frame as frames
+    cases, turns = (Case("dit"), Case("dit")), [threading.Event() for _ in range(3)]
+
+    def run(case, wait, done, wait_out, done_out):
+        wait and wait.wait()
+        with case.emag().observe():
+            case.model(*case.inputs(0))
+            done.set()
+            wait_out.wait()
+        done_out and done_out.set()
+
+    one, two, three = turns
+    threads = [threading.Thread(target=run, args=args) for args in (
+        (cases[0], None, one, two, three), (cases[1], one, two, three, None))]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    left = frames._stance.stance
+    torch.compiler.set_stance("default")
+    assert left == "default"
+
+
 @contextmanager
 def allocations():
     """Yields a list that holds, afterwards, the most bytes that were allocated on the CPU at once inside."""
@@ -951,12 +1001,13 @@ def test_compiled_is_uncompiled(way, backend, monkeypatch):
 
 
 def test_a_whole_model_of_one_graph_cannot_be_hooked_inside_it():
-    torch._dynamo.reset()
-    case = Case("dit")
-    model = compiled(case, "torch.compile(model)", backend="eager", fullgraph=True)
-    model(*case.inputs(0))
-    with guide(model, case.blocks, (1, 2), steps=1, cond="all"):                         # what torch.compile returned
+    for way in ("model.compile()", "torch.compile(model)"):
+        torch._dynamo.reset()
+        case = Case("dit")
+        model = compiled(case, way, backend="eager", fullgraph=True)
         model(*case.inputs(0))
+        with guide(model, case.blocks, (1, 2), steps=1, cond="all"):                     # around it, it can
+            model(*case.inputs(0))
     with pytest.raises(RuntimeError, match="fullgraph=True .*give guide.. what torch.compile returned"):
         with guide(case.model, case.blocks, (1, 2), steps=1, cond="all"):
             model(*case.inputs(0))
