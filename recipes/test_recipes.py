@@ -17,6 +17,13 @@ from dit import DiT  # noqa: E402
 from emag import guide  # noqa: E402
 from test_emag import F64, randomised, seeded, tiny_vae  # noqa: E402
 
+
+def import_diffusers():
+    """diffusers, or the test is skipped: its pipelines, and some of its models, need transformers too."""
+    pytest.importorskip("transformers")
+    return pytest.importorskip("diffusers")
+
+
 # ------------------------------------------------------------------------------------------------- the slow oracle
 
 
@@ -229,7 +236,7 @@ def images_of(pipe, **inputs):
 
 
 def test_recipe_dit_pipeline():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     from recipes import dit_pipeline
     transformer = randomised(diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=17, sample_size=8,
@@ -243,7 +250,7 @@ def test_recipe_dit_pipeline():
 
 
 def test_recipe_pixart():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     from recipes import pixart
     transformer = randomised(diffusers.PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=17, sample_size=8,
@@ -259,7 +266,7 @@ def test_recipe_pixart():
 
 @pytest.mark.parametrize("dual, variant", [((), "map"), ((0, 1, 2), "query")], ids=["SD3", "SD3.5"])
 def test_recipe_sd3(dual, variant):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     from recipes import sd3
     transformer = randomised(diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=8, attention_head_dim=8, num_attention_heads=2,
@@ -276,7 +283,7 @@ def test_recipe_sd3(dual, variant):
 
 
 def test_recipe_sdxl():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     from recipes import sdxl
     unet = randomised(diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
@@ -295,7 +302,7 @@ def test_recipe_sdxl():
 
 
 def tiny_z_image():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     transformer = randomised(diffusers.ZImageTransformer2DModel(
         in_channels=4, dim=16, n_layers=8, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12,
         axes_dims=[2, 2, 4], axes_lens=[80, 16, 16]), std=0.3)
@@ -319,7 +326,7 @@ def test_recipe_z_image(doubled):
 
 
 def tiny_flux(guidance: bool = False, blocks=(3, 5)):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     transformer = randomised(diffusers.FluxTransformer2DModel(
         in_channels=16, num_layers=blocks[0], num_single_layers=blocks[1], attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4), guidance_embeds=guidance), std=0.3)
@@ -328,7 +335,7 @@ def tiny_flux(guidance: bool = False, blocks=(3, 5)):
 
 
 def tiny_qwen():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     transformer = randomised(diffusers.QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=8, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=12, axes_dims_rope=(2, 2, 4)), std=0.3)
@@ -337,7 +344,7 @@ def tiny_qwen():
 
 
 def tiny_wan(experts: int = 1):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     transformers = [randomised(diffusers.WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=12, freq_dim=16,
         ffn_dim=24, num_layers=16, rope_max_seq_len=16), seed=seed, std=0.3) for seed in range(experts)]
@@ -495,7 +502,7 @@ def test_the_two_experts_of_wan_are_two_trajectories():
 
 
 def tiny_hunyuan_image():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     transformer = randomised(diffusers.HunyuanImageTransformer2DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=3, num_single_layers=5,
         num_refiner_layers=1, text_embed_dim=12, text_embed_2_dim=10, rope_axes_dim=(4, 4)), std=0.3)
@@ -505,6 +512,7 @@ def tiny_hunyuan_image():
 
 
 def test_recipe_guider():
+    import_diffusers()
     from recipes import guider
     pipe, mask = tiny_hunyuan_image(), torch.ones(2, 5, dtype=torch.long)
     mask[0, 3:] = 0
@@ -539,7 +547,8 @@ def test_recipe_guider():
 
 
 def test_the_guider_in_a_modular_pipeline_is_guide_in_the_ordinary_one():
-    modular = pytest.importorskip("diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage")
+    import_diffusers()
+    from diffusers.modular_pipelines.qwenimage import modular_blocks_qwenimage as modular
     from emag import EMAG
     from recipes.guider import EMAGGuidance
     case, blocks = Qwen(2), modular.QwenImageAutoBlocks()
@@ -571,7 +580,7 @@ def doubled(name: str, batch: int, *shape, seed: int) -> dict:
 
 
 def hidream(batch: int, text_layers: int):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     model = randomised(diffusers.HiDreamImageTransformer2DModel(
         patch_size=2, in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
         caption_channels=[12, 10], text_emb_dim=10, num_routed_experts=2, num_activated_experts=1,
@@ -588,7 +597,7 @@ def hidream_take(args, kwargs, rows):
 
 
 def kandinsky(batch: int, text: int, frames: int):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     model = randomised(diffusers.Kandinsky5Transformer3DModel(
         in_visual_dim=4, in_text_dim=12, in_text_dim2=10, time_dim=8, out_visual_dim=4, model_dim=16, ff_dim=24,
         num_text_blocks=1, num_visual_blocks=4, axes_dims=(4, 2, 2)), std=0.3).float()
@@ -681,7 +690,7 @@ def test_the_official_code_of_wan_takes_and_gives_lists(images):
 
 
 def prx():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     model = randomised(diffusers.PRXTransformer2DModel(in_channels=4, patch_size=2, context_in_dim=12, hidden_size=16,
                                                        num_heads=2, depth=4, axes_dim=[4, 4]), std=0.3)
     return model, model.blocks, lambda step: dict(
@@ -690,7 +699,7 @@ def prx():
 
 
 def ernie():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     model = randomised(diffusers.ErnieImageTransformer2DModel(
         hidden_size=16, num_attention_heads=2, num_layers=4, ffn_hidden_size=24, in_channels=4, out_channels=4,
         text_in_dim=12, rope_axes_dim=(2, 2, 4)), std=0.3)
@@ -700,7 +709,7 @@ def ernie():
 
 
 def mochi():
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     model = randomised(diffusers.MochiTransformer3DModel(
         patch_size=2, num_attention_heads=2, attention_head_dim=8, num_layers=4, pooled_projection_dim=16,
         in_channels=4, text_embed_dim=16, time_embed_dim=8, max_sequence_length=5), std=0.3)
@@ -710,7 +719,7 @@ def mochi():
 
 
 def latte(kind: str):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     model = randomised(diffusers.LatteTransformer3DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=4,
         cross_attention_dim=16, sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_type="ada_norm_single",
@@ -722,7 +731,7 @@ def latte(kind: str):
 
 
 def small_flux(cache=None):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = import_diffusers()
     model = tiny_flux(blocks=(2, 1)).transformer
     if cache is not None:
         model.enable_cache(cache(diffusers))
