@@ -179,7 +179,7 @@ class EMAG:
         """
         recorded = range(self.layers[-1]) if self.reuse else ()
         ran: list[int] = []
-        with _hooking(self.blocks[:self.layers[-1] + 1]) as hooks:
+        with _hooking() as hooks:
             self._forget_pass()
             try:
                 for n in recorded:
@@ -208,7 +208,7 @@ class EMAG:
         ran: list[int] = []
         if not self._calls or not self._ema:
             raise RuntimeError("perturb() needs a clean pass of this step: run it inside `with emag.observe():` first")
-        with _hooking(self.blocks[:max(chosen) + 1]) as hooks:
+        with _hooking() as hooks:
             for n in replayed:
                 hooks.enter_context(_replay(self.blocks[n], n, ran, partial(self._replayed_output, n)))
             for n, samples in chosen.items():
@@ -396,7 +396,8 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
 
     with ExitStack() as hooks:
         if scale != 1:
-            hooks.enter_context(_claimed([model], "guide()"))
+            if hasattr(model.forward, "_emag"):                       # left in another order they would leave hooks
+                raise RuntimeError("this model is inside another guide(): one at a time per model")
             hooks.enter_context(_replaced_forward(model, forward))
         try:
             yield emag
@@ -487,43 +488,18 @@ def _with_prediction(out, pred):
 # ---------------------------------------------------------------------------- three hooks: record, replay and catch
 
 
-@contextmanager
-def _claimed(modules: Sequence[nn.Module], kind: str) -> Iterator[None]:
-    """Two passes, or two guides, on one model at a time would undo each other's hooks, so the second is refused."""
-    name, token = f"_emag_{kind}", object()
-    try:
-        for module in modules:
-            if vars(module).setdefault(name, token) is not token:               # one atomic operation, for threads
-                raise RuntimeError(f"this model is inside another {kind}: one pass at a time per model")
-        yield
-    finally:
-        for module in modules:
-            if vars(module).get(name) is token:
-                del vars(module)[name]
-
-
-_EAGER: list = []          # one entry per pass that is on, in whatever thread; the first one is the switch
-_LOCK = threading.Lock()
+_TURN = threading.RLock()
 
 
 @contextmanager
-def _hooking(blocks: Sequence[nn.Module]) -> Iterator[ExitStack]:
+def _hooking() -> Iterator[ExitStack]:
     """For the hooks of one pass.
 
     Compiled models and blocks run uncompiled inside, since compiled code does not see hooks that come and go. That
-    switch is one for all threads: the first pass sets it, and the last one out puts it back.
+    switch is one for all threads, so the passes of several threads take turns.
     """
-    with _claimed(blocks, "observe() or perturb()"):
-        with _LOCK:
-            _EAGER.append(None if _EAGER else torch.compiler.set_stance("force_eager"))
-        try:
-            with ExitStack() as hooks:
-                yield hooks
-        finally:
-            with _LOCK:
-                stance = _EAGER.pop()
-                if not _EAGER:
-                    stance.__exit__(None, None, None)
+    with _TURN, torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
+        yield hooks
 
 
 def _record(block: nn.Module, n: int, ran: list[int], keep: Callable):
@@ -566,6 +542,7 @@ def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
     compiled = vars(module).pop("_compiled_call_impl", None)          # module.compile() lets it run instead of forward
     try:
         module.forward = torch.compiler.disable(wraps(original)(partial(forward, original)))
+        module.forward._emag = True
         yield
     finally:
         if compiled is not None:
