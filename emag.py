@@ -1,7 +1,7 @@
 """EMAG, Exponential Moving Average Guidance (Yadav, Huy, Liu; arXiv 2512.17303, ECCV 2026), in one file.
 
-Beside the conditional and the null prediction the network makes a third one, the negative ε'. For it, one transformer
-block attends by habit: with the moving average of its own attention maps over the trajectory. The negative has the same
+Beside the conditional and the null prediction the network makes a third one, the negative ε'. In that pass one
+transformer block uses the moving average of its own attention maps over the trajectory. The negative has the same
 content and the same layout, and its fine detail is slightly wrong; the guided prediction moves away from it.
 
 In this order: the equations; the class that hooks them into an unmodified model; `guide`, for pipelines that have
@@ -126,7 +126,8 @@ class EMAG:
         their image columns. "query" (EMAG-Q): the queries themselves; no map is made. Only image queries are changed:
         text queries attend as the model has them.
     image_tokens: the slice of the token sequence that holds image tokens; None where all do.
-    reuse: the negative pass does not run the blocks before the first selected one (see `perturb`).
+    reuse: the negative pass does not run the blocks before the first selected one (see `perturb`). Give False where
+        blocks do more than return their output: where they write to their inputs, or talk to other processes.
     ema_dtype: dtype of the maps and of their average.
 
     Raises ValueError for an argument out of range, RuntimeError where the model or the order of calls cannot work.
@@ -196,7 +197,7 @@ class EMAG:
 
     @contextmanager
     def perturb(self) -> Iterator["EMAG"]:
-        """Around the negative pass, on the observed rows alone: the selected blocks attend with Ã instead of A.
+        """Around the negative pass, on the rows that this step observed: the selected blocks attend with Ã, not A.
 
         Reuse: before the first selected block both passes are equal, so the clean outputs are returned again and those
         blocks do not run: the same numbers for less work.
@@ -219,8 +220,12 @@ class EMAG:
     # What the hooks of the clean pass do.
 
     def _keep_output(self, n: int, rows, batch: int, output):
-        # Copies of hidden states, since a model may add to them in place between blocks.
-        self._outputs[n] = tree_map(lambda x: x[rows].clone() if _is_batched(x, batch) else x, output)
+        def kept(x):                          # a copy, since a model may add to hidden states in place between blocks
+            if not isinstance(x, Tensor):
+                return x
+            return x[rows].clone() if _is_batched(x, batch) else x.clone()
+
+        self._outputs[n] = tree_map(kept, output)
 
     def _clean_attention(self, n: int, rows, call: "_AttentionCall") -> Tensor:
         """Block n attends as it would; its call, cut to the observed rows, is kept for `_advance` and the negative."""
@@ -360,9 +365,20 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
     emag = EMAG(blocks, layers, **emag_options)
     count = 0                                                         # calls of the model so far
     before = None                                                     # the latents of the call before
+    thread = None                                                     # of this trajectory; None where a call failed
     cut_checked = False
 
     def forward(original: Callable, *args, **kwargs):
+        nonlocal thread
+        if count % (steps * calls) and thread != threading.get_ident():
+            raise RuntimeError("a call of this trajectory failed, or two threads draw inside one guide(): "
+                               "leave guide() after an error, and give each thread a model and a guide() of its own")
+        thread = None
+        out = one_call(original, *args, **kwargs)
+        thread = threading.get_ident()
+        return out
+
+    def one_call(original: Callable, *args, **kwargs):
         nonlocal count, before, cut_checked
         step, turn = divmod(count % (steps * calls), calls)
         count += 1
@@ -379,10 +395,11 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
                                "does this pipeline call the model once per step? Then give calls=1")
         if not window.observes(step, steps) or (calls == 2 and turn != allowed[2].index(cond)):
             return original(*args, **kwargs)
-        rows = slice(None) if calls == 2 or cond == "all" else _half(x, cond)
+        rows = slice(None) if calls == 2 else _conditional(x, cond)
         with emag.observe(rows):
             out = original(*args, **kwargs)
         if not window.perturbs(step, steps):
+            emag._forget_pass()                                       # to free what was kept of the clean pass
             return out
         if rows != slice(None):
             args, kwargs = take(args, kwargs, rows) if take else _take(args, kwargs, rows, len(x))
@@ -391,12 +408,12 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
                 cut_checked = True
         with emag.perturb():
             negative = _prediction(original(*args, **kwargs))
-        emag._forget_pass()                                           # to free what was kept of the clean pass
+        emag._forget_pass()
         return _with_prediction(out, _guided_rows(_prediction(out), negative, rows, channels, scale))
 
     with ExitStack() as hooks:
         if scale != 1:
-            if hasattr(model.forward, "_emag"):                       # left in another order they would leave hooks
+            if hasattr(getattr(model, "_old_forward", model.forward), "_emag"):
                 raise RuntimeError("this model is inside another guide(): one at a time per model")
             hooks.enter_context(_replaced_forward(model, forward))
         try:
@@ -421,14 +438,18 @@ def _equal(a: Tensor | list[Tensor], b: Tensor | list[Tensor]) -> bool:
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-def _half(x: Tensor | list[Tensor], cond: str) -> slice:
-    """The conditional half of a batch that CFG doubled."""
+def _conditional(x: Tensor | list[Tensor], cond: str) -> slice:
+    """The conditional samples of a batch: all, or one half of it where CFG doubled it."""
     first, last = slice(len(x) // 2), slice(len(x) // 2, None)
-    if len(x) % 2 or not _equal(x[first], x[last]):
+    doubled = len(x) % 2 == 0 and _equal(x[first], x[last])
+    if doubled and cond == "all":
+        raise RuntimeError("cond is 'all', but both halves of the batch hold the same latents, as CFG doubles them: "
+                           "give cond='first' or 'last', the conditional half")
+    if not doubled and cond != "all":
         raise RuntimeError(f"the batch of {len(x)} samples has no conditional half, since its halves hold different "
                            "latents: is the pipeline's CFG on? Give cond='all' where it has none, calls=2 where it "
                            "calls the model twice per step")
-    return first if cond == "first" else last
+    return {"first": first, "last": last, "all": slice(None)}[cond]
 
 
 def _take(args: tuple, kwargs: dict, rows: slice, batch: int) -> tuple[tuple, dict]:
@@ -443,7 +464,8 @@ def _take(args: tuple, kwargs: dict, rows: slice, batch: int) -> tuple[tuple, di
 def _check_cut(model: nn.Module, original: Callable, args: tuple, kwargs: dict, pred, rows: slice, observed: int):
     """With the inputs cut to the conditional samples the model must predict for these what it predicted before."""
     hint = "an input is not batch-first, or only happens to be as long as the batch: give take="
-    clean, null = pred[rows], pred[slice(len(pred) // 2) if rows.start else slice(len(pred) // 2, None)]
+    half = len(pred) // 2
+    clean, null = (pred[half:], pred[:half]) if rows == slice(half, None) else (pred[:half], pred[half:])
     if observed != len(clean):
         raise RuntimeError(f"{len(clean)} samples are conditional, and {observed} were observed: the model folds "
                            "frames or other dimensions into its batch, and guide() cannot halve it")
@@ -460,7 +482,10 @@ def _prediction(out):
     """What a model returned, without the tuple or output class around it: a tensor, or a list with one per sample."""
     if dataclasses.is_dataclass(out):
         return getattr(out, dataclasses.fields(out)[0].name)
-    return out if isinstance(out, (Tensor, list)) else out[0]
+    if not isinstance(out, (Tensor, list, tuple)):
+        raise RuntimeError(f"the model returns a {type(out).__name__}: guide() needs a tensor, a list, a tuple or a "
+                           "dataclass, in which the prediction comes first")
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _guided_rows(pred, negative, rows: slice, channels: slice | None, scale: float):
@@ -510,7 +535,7 @@ def _record(block: nn.Module, n: int, ran: list[int], keep: Callable):
         keep(len(_first_input(args, kwargs)), output)
         return output
 
-    return _replaced_forward(block, forward)
+    return _replaced_forward(block, forward, threading.get_ident())
 
 
 def _replay(block: nn.Module, n: int, ran: list[int], output: Callable):
@@ -519,7 +544,7 @@ def _replay(block: nn.Module, n: int, ran: list[int], output: Callable):
         ran.append(n)
         return output(len(_first_input(args, kwargs)))
 
-    return _replaced_forward(block, forward)
+    return _replaced_forward(block, forward, threading.get_ident())
 
 
 def _catch(block: nn.Module, n: int, ran: list[int], handle: Callable[["_AttentionCall"], Tensor]):
@@ -532,25 +557,38 @@ def _catch(block: nn.Module, n: int, ran: list[int], handle: Callable[["_Attenti
             raise RuntimeError(f"candidate block {n} ({type(block).__name__}) {mode.what_was_seen(block)}")
         return output
 
-    return _replaced_forward(block, forward)
+    return _replaced_forward(block, forward, threading.get_ident())
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Inside, `module` runs forward(its own forward, *args, **kwargs), uncompiled; afterwards it is as before."""
-    original, had = module.forward, "forward" in vars(module)
+def _replaced_forward(module: nn.Module, forward: Callable, thread: int | None = None) -> Iterator[None]:
+    """Inside, `module` runs forward(its own forward, *args, **kwargs), uncompiled; afterwards it is as before.
+
+    thread: the only one for which this holds; others that run the module meanwhile get its own forward.
+    """
+    def run(*args, **kwargs):
+        if on and thread in (None, threading.get_ident()):
+            return forward(original, *args, **kwargs)
+        return original(*args, **kwargs)
+
+    # Offloading by accelerate keeps a module's own forward as `_old_forward`, and puts it back after a pipeline's run.
+    place = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    original, inherited = getattr(module, place), place not in vars(module)
     compiled = vars(module).pop("_compiled_call_impl", None)          # module.compile() lets it run instead of forward
+    replacement = torch.compiler.disable(wraps(original)(run))
+    replacement._emag = on = True                                     # on: for whoever keeps the replacement
     try:
-        module.forward = torch.compiler.disable(wraps(original)(partial(forward, original)))
-        module.forward._emag = True
+        setattr(module, place, replacement)
         yield
     finally:
+        on = False
         if compiled is not None:
             module._compiled_call_impl = compiled
-        if had:
-            module.forward = original
-        else:
-            vars(module).pop("forward", None)
+        for place in ("forward", "_old_forward"):
+            if vars(module).get(place) is replacement:
+                setattr(module, place, original)
+        if inherited and vars(module).get("forward") is original:
+            del module.forward
 
 
 def _first_input(args: tuple, kwargs: dict) -> Tensor | list[Tensor]:
@@ -651,7 +689,9 @@ class _CatchSelfAttention(TorchFunctionMode):
 
     def __init__(self, handle: Callable[[_AttentionCall], Tensor], batch: int):
         super().__init__()
-        self.handle, self.batch, self.caught, self.unequal = handle, batch, False, None
+        self.handle, self.batch, self.caught = handle, batch, False
+        self.parts = None                     # shape of a map (B·heads, N, N) that was caught
+        self.unequal = None                   # how many queries and keys a call had that was not
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -662,15 +702,14 @@ class _CatchSelfAttention(TorchFunctionMode):
             self.unequal = call.query.shape[-2], call.key.shape[-2]
         out = func(*args, **kwargs)
         if func in self.SOFTMAX and out.ndim in (3, 4) and out.shape[-1] == out.shape[-2]:
-            if self.caught == out.shape:
+            if self.parts == out.shape:
                 raise RuntimeError("a candidate block makes its map in several parts: EMAG needs one softmax for the "
                                    "whole batch (diffusers: pipe.disable_attention_slicing())")
             if not self.caught and kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, out.ndim - 1):
                 # (B·heads, N, N) as well as (B, heads, N, N)
                 maps = out if out.ndim == 4 or len(out) % self.batch else out.unflatten(0, (self.batch, -1))
-                result = self._hand_over(_HandMade(maps, maps, maps)).reshape(out.shape)
-                self.caught = out.shape if out.ndim == 3 else True
-                return result
+                self.parts = out.shape if out.ndim == 3 else None
+                return self._hand_over(_HandMade(maps, maps, maps)).reshape(out.shape)
         return out
 
     def _hand_over(self, call: _AttentionCall) -> Tensor:
@@ -717,8 +756,9 @@ def _check_options(emag: EMAG):
         raise ValueError(f"variant is {emag.variant!r}: need 'map', 'image' or 'query'")
     if emag.threshold is not None and math.isnan(emag.threshold):
         raise ValueError("threshold is nan: need a number, or None for the argmax")
-    if emag.ema_dtype == torch.bfloat16:
-        raise ValueError("ema_dtype bfloat16 has 8 bits, too few for steps of (1−β)·(A−E): need float32 or float16")
+    if emag.ema_dtype not in (torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"ema_dtype is {emag.ema_dtype}: need float32, float64 or float16; bfloat16 has 8 bits, too "
+                         "few for steps of (1−β)·(A−E)")
 
 
 def _check_ran(ran: list[int], hooks: list[int], where: str):
@@ -742,7 +782,7 @@ def _check_call(n: int, call: _AttentionCall, emag: EMAG):
         raise RuntimeError(f"candidate block {n} attends with queries of shape {tuple(call.query.shape)} for the "
                            "observed rows: need (batch, heads, tokens, channels), and rows that select a sample")
     tokens, image = call.query.shape[2], emag.image_tokens
-    if not range(tokens)[image] or (image.stop or 0) > tokens:
+    if not range(tokens)[image] or max(abs(image.start or 0), abs(image.stop or 0)) > tokens:
         raise RuntimeError(f"candidate block {n} attends for {tokens} tokens, and image_tokens is {image}: "
                            "need the slice of them that holds the image")
     if emag.variant == "query" and isinstance(call, _HandMade):

@@ -168,7 +168,7 @@ class Step:
 
 
 def guided(net: Callable, y: Tensor, null: Tensor, *, steps: int, cfg: float = 1.0, emag: EMAG | None = None,
-           emag_scale: float = 1.0, window: Window = Window(), channels: int | None = None,
+           emag_scale: float = 1.5, window: Window = Window(), channels: int | None = None,
            condition: Callable | None = None, combine: Callable | None = None,
            watch: Callable[[Step], None] | None = None) -> Predict:
     """EMAG with CFG as the samplers call it, for one trajectory: ε̃ = ε_∅ + w·(ε' + w_e·(ε − ε') − ε_∅).
@@ -233,8 +233,8 @@ def apg(denoised: Tensor, denoised_null: Tensor, scale: float, previous: Tensor 
 
 
 class APG:
-    """`apg` in the place of CFG's formula, for one trajectory: D_c is the x̂₀ of ε̃'. A second evaluation within one step
-    has the same d_prev as the first."""
+    """`apg` in the place of CFG's formula, for one trajectory: D_c is the x̂₀ of ε̃'. A second evaluation within one
+    step has the same d_prev as the first."""
 
     def __init__(self, prediction: str, scale: float, eta: float, norm: float, momentum: float):
         self.to_x0, self.from_x0 = TO_X0[prediction], FROM_X0[prediction]
@@ -268,7 +268,7 @@ def cads(y: Tensor, t: float, noise: Noise, tau1: float, tau2: float, s: float, 
 
 
 class CADS:
-    """`cads` in the place of the condition, for one trajectory: all evaluations and passes of a step share a noise."""
+    """`cads` in the place of the condition, for one trajectory: all passes of a step share one noisy condition."""
 
     def __init__(self, noise: Noise, tau1: float, tau2: float, s: float, psi: float):
         self.settings = dict(noise=noise, tau1=tau1, tau2=tau2, s=s, psi=psi)
@@ -323,7 +323,8 @@ class Settings:
                 if isinstance(value, (list, range)):                      # as JSON and argparse have them
                     object.__setattr__(self, name, value := tuple(value))
                 values = value if isinstance(value, tuple) else (value,)
-                need(value is None is getattr(Settings, name, 0)
+                optional = getattr(Settings, name, 0) is None
+                need(value is None and optional
                      or isinstance(value, tuple) == (count is not None) and len(values) == (count or len(values))
                      and all(type(each) in kinds for each in values) and good(*values),
                      f"--{name.replace('_', '-')} {' '.join(map(str, values)):.60}: need {wanted}")
@@ -565,7 +566,8 @@ def prepare(args: argparse.Namespace, per_class: int = 8) -> tuple:
     settings, classes = dataclasses.replace(settings, **given), given["classes"]
     need(settings.sampler in samplers, f"--sampler {settings.sampler}: {name} needs {' or '.join(samplers)}")
     need((settings.guide_channels or 1) <= channels, f"--guide-channels {settings.guide_channels}: need 1…{channels}")
-    need(settings.num or len(classes) <= 32, f"--classes: {len(classes)} are too many for one grid: need --num, or some of "
+    need(settings.num or len(classes) <= 32,
+         f"--classes: {len(classes)} are too many for one grid: need --num, or some of "
          + (", ".join(names) if names else "them, such as 0,1"))
     labels = [classes[i % len(classes)] for i in range(settings.num or len(classes) * per_class)]
     settings = dataclasses.replace(settings, num=len(labels), classes=[names[c] if names else c for c in classes])

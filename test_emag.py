@@ -1,5 +1,5 @@
-"""All tests. Page one is the method once more, slowly, for two models written out by hand. The rest follows the house:
-equations, class, guide, machinery, network, samplers, guidance, settings, command line, README.
+"""All tests. Page one is the method once more, slowly, for two models written out by hand. The rest follows
+emag.py, dit.py and sampler.py, in their order, and then the README.
 
 Tests that compare with diffusers are skipped where it is not installed.
 """
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-import emag as house
+import emag as emag_module
 import sampler
 from dit import DIT_SIZES, Attention, DiT, LatentDecoder, load_decoder, load_dit, read_checkpoint
 from emag import EMAG, Window, deviation, ema_update, guide, select_layers, zscore
@@ -179,6 +179,7 @@ class WildModel(nn.Module):
             context = extra["context"]
             skips.append(x)
             x += extra["shift"]                    # in place: what the block gave is changed after the fact
+            extra["shift"].zero_()
         return x + sum(skips[:2])
 
 
@@ -403,7 +404,7 @@ def test_wrong_use_is_one_clear_line(case):
     refused(r"the blocks ran in the order \[0, 2, 1, 3\]: give `blocks` in that order",
             EMAG([case.blocks[n] for n in (0, 2, 1, 3, 4)], [1, 3]).observe(), one)
     refused("rows that select a sample", emag.observe(slice(3, 3)), one)
-    for tokens in (slice(4, 4), slice(90, 99), slice(0, 99)):
+    for tokens in (slice(4, 4), slice(90, 99), slice(0, 99), slice(-99, None)):
         refused("and image_tokens is slice", case.emag(image_tokens=tokens).observe(), one)
     for emag.reuse in (True, False):
         emag.reset()
@@ -433,6 +434,27 @@ def test_passes_of_two_threads_take_turns(case):
     thread.join()
     assert len(emag.trace) == 1 and all(map(torch.equal, found, expected)) and len(found) == 4
     assert state(case.model) == before and torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_other_threads_see_no_hook(case):
+    emag, plain, seen = case.emag(), case.model(*case.inputs(0)), []
+    for context in (emag.observe, emag.perturb):
+        with context():
+            thread = threading.Thread(target=lambda: seen.append(case.model(*case.inputs(0))))
+            thread.start()
+            thread.join()
+            last = case.model(*case.inputs(0))
+    assert torch.equal(seen[0], plain) and torch.equal(seen[1], plain)
+    assert torch.equal(last, *trajectory(case, case.emag(), steps=1))
+
+
+def test_a_hook_that_somebody_keeps_is_off_afterwards(case):
+    plain = case.model(*case.inputs(0))
+    with case.emag().observe():
+        kept = case.blocks[1].forward
+        case.model(*case.inputs(0))
+        case.blocks[1].forward = lambda *args, **kwargs: kept(*args, **kwargs)
+    assert torch.equal(case.model(*case.inputs(0)), plain)
 
 
 def peak(run: Callable, *inputs: Tensor) -> int:
@@ -584,6 +606,43 @@ def test_guide_off_and_out_leaves_the_model_as_it_was(case):
     assert state(case.model) == before and torch.equal(case.model(*double), plain)
 
 
+def test_guide_stays_on_a_model_that_is_offloaded(case):
+    """As by diffusers' enable_model_cpu_offload: after a run of the pipeline the hook is taken off and put on again."""
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    def two_runs(offload: Callable) -> list[Tensor]:
+        found = []
+        with guide(case.model, case.blocks, (1, 2), steps=3):
+            for _ in range(2):
+                found += [case.model(*halves(case, step)) for step in range(3)]
+                offload()
+        return found
+
+    def offload():
+        hooks.remove_hook_from_module(case.model)
+        hooks.add_hook_to_module(case.model, hooks.ModelHook())
+
+    plain, expected = case.model(*halves(case, 0)), two_runs(lambda: None)
+    assert all(map(torch.equal, two_runs(offload), expected))           # put on inside guide(), and there already
+    assert all(map(torch.equal, two_runs(offload), expected))
+    assert torch.equal(case.model(*halves(case, 0)), plain)
+    hooks.remove_hook_from_module(case.model)
+    assert torch.equal(case.model(*halves(case, 0)), plain)
+
+
+def test_guide_draws_one_trajectory_at_a_time(case):
+    double = halves(case, 0)
+    with pytest.raises(RuntimeError, match="failed, or two threads"), guide(case.model, case.blocks, (1, 2), steps=3):
+        with pytest.raises(TypeError):
+            case.model(double[0])                                       # the other inputs are missing
+        case.model(*double)
+    with pytest.raises(RuntimeError, match="failed, or two threads"), guide(case.model, case.blocks, (1, 2), steps=3):
+        thread = threading.Thread(target=case.model, args=double)
+        thread.start()
+        thread.join()
+        case.model(*double)
+
+
 def test_guide_refuses_calls_that_are_not_as_described(case):
     def refused(message: str, inputs, **options) -> int:
         """How many passes were made before the error."""
@@ -599,6 +658,10 @@ def test_guide_refuses_calls_that_are_not_as_described(case):
     doubled = [halves(case, step) for step in range(4)]
     for count in (0, 2, 4):
         refused(f"called {count} times inside guide", doubled[:count])
+    assert refused("both halves of the batch hold the same latents", doubled, cond="all") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(case.model, "forward", lambda *args, original=case.model.forward: {"sample": original(*args)})
+        refused("returns a dict: guide", doubled)
     for case.batch in (1, 2, 3):
         single = [case.inputs(step) for step in range(4)]
         two = [case.inputs(step, null) for step in range(4) for null in (False, True)]
@@ -614,6 +677,7 @@ def test_guide_refuses_calls_that_are_not_as_described(case):
     (dict(beta=1.1), "0 ≤ beta ≤ 1"), (dict(beta=-0.1), "0 ≤ beta ≤ 1"), (dict(strength=2), "0 ≤ strength ≤ 1"),
     (dict(strength=math.nan), "0 ≤ strength ≤ 1"), (dict(threshold=math.nan), "threshold is nan"),
     (dict(variant="blur"), "need 'map'"), (dict(ema_dtype=torch.bfloat16), "8 bits"),
+    (dict(ema_dtype=torch.int64), "need float32"),
     (dict(cond="middle"), "cond is 'middle': need"), (dict(cond="all", calls=2), "cond is 'all': need .*'first'"),
     (dict(steps=0), "at least 1"), (dict(calls=3), "need 1 or 2"), (dict(scale=math.nan), "need a finite number"),
     (dict(scale=math.inf), "need a finite number")])
@@ -1501,8 +1565,8 @@ def test_trace_draws_what_happened(flags, files, tmp_path, monkeypatch):
     argv = ["--ckpt", str(files / "flow.pt"), "--num", "4", "--steps", "5", *flags, "--out", str(path)]
     assert trace.main(argv) == 0
     settings, (kept,) = sampler.Settings(**json.loads(Image.open(path).text["settings"])), traces
-    update = house.ema_update
-    monkeypatch.setattr(house, "ema_update", lambda ema, attn, beta: maps.append(attn) or update(ema, attn, beta))
+    update = emag_module.ema_update
+    monkeypatch.setattr(emag_module, "ema_update", lambda ema, attn, beta: maps.append(attn) or update(ema, attn, beta))
     model, meta = load_dit(files / "flow.pt")
     sampler.sample(model, meta, [2, 0, 2, 0], range(4), settings, told.append)
     told = [step for step in told if step.negative is not None]
@@ -1545,7 +1609,7 @@ def test_each_function_of_the_table_is_on_the_way_to_a_picture(name, files, tmp_
         raise Broken
 
     *owner, last = name.split(".")
-    for module in (house, sampler):
+    for module in (emag_module, sampler):
         place = getattr(module, owner[0], None) if owner else module
         if hasattr(place, last):
             monkeypatch.setattr(place, last, broken)
@@ -1565,7 +1629,7 @@ def test_the_snippet_of_the_class_is_what_guided_does():
     start, reset, step_of = re.fullmatch(r"(emag = .*\n)(emag.reset.*\n)((?s:.*))", snippet("emag = ")).groups()
     predict = sampler.guided(lambda x, t, y: model(x, torch.full((len(x),), t), y), torch.tensor([0, 1]), null, steps=3,
                              cfg=w, emag=EMAG(model.blocks, range(12, 16)), emag_scale=w_e, window=Window(1, 1, 0))
-    names = dict(vars(house), model=model, rows=slice(0, 2), w=w, w_e=w_e)
+    names = dict(vars(emag_module), model=model, rows=slice(0, 2), w=w, w_e=w_e)
     exec(start + reset, names)
     for step in range(3):
         x, t, y = case.inputs(step)
@@ -1586,7 +1650,7 @@ def test_the_snippet_of_guide_guides_a_pipeline():
 
     pipe.transformer = small_dit(depth=9)
     pipe.transformer.transformer_blocks = pipe.transformer.blocks
-    code, names = snippet("with guide(").replace("4096", "16"), dict(vars(house), pipe=pipe, prompt=1)
+    code, names = snippet("with guide(").replace("4096", "16"), dict(vars(emag_module), pipe=pipe, prompt=1)
     exec(code, names)                                                    # 16 image tokens are all of this model's
     plain = pipe(1, 28, 7.0).images[0]
     assert len(names["emag"].trace) == 23 and (names["image"] - plain).abs().max() > 1e-3

@@ -718,15 +718,17 @@ def mochi():
         encoder_hidden_states=tokens(5, 16, 90), encoder_attention_mask=torch.ones(2, 5, dtype=torch.bool))
 
 
-def latte(kind: str):
+def latte(kind: str, cfg: bool = False):
     diffusers = import_diffusers()
     model = randomised(diffusers.LatteTransformer3DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=4,
         cross_attention_dim=16, sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_type="ada_norm_single",
         norm_elementwise_affine=False, caption_channels=12, video_length=3, attention_bias=True), std=0.3)
     both = [block for pair in zip(model.transformer_blocks, model.temporal_transformer_blocks) for block in pair]
+    samples = 1 if cfg else 2                                                            # CFG doubles one
     return model, both if kind == "both" else model.transformer_blocks, lambda step: dict(
-        doubled("hidden_states", 2, 4, 3, 8, 8, seed=step), timestep=torch.full((2,), 10 * step),
+        hidden_states=seeded(samples, 4, 3, 8, 8, seed=step).repeat(2 // samples, 1, 1, 1, 1),
+        timestep=torch.full((2,), 10 * step),
         encoder_hidden_states=tokens(5, 12, 90))
 
 
@@ -745,7 +747,7 @@ MESSAGES = {
     "fewer queries than keys": (prx, "all", "16 queries .*21 keys"),
     "tokens first": (ernie, "all", "21 samples .*2.*batch-first"),
     "one attention call per sample": (mochi, "all", "2 samples .*1.*one attention call"),
-    "frames in the batch": (lambda: latte("spatial"), "last", "folds .*batch"),
+    "frames in the batch": (lambda: latte("spatial", cfg=True), "last", "folds .*batch"),
     "blocks of frames and of positions": (lambda: latte("both"), "all", "candidate.*6.*32"),
     "FirstBlockCache": (lambda: small_flux(lambda d: d.FirstBlockCacheConfig(threshold=10.0)), "all", "cache"),
     "MagCache": (lambda: small_flux(lambda d: d.MagCacheConfig(
