@@ -449,12 +449,14 @@ def test_other_threads_see_no_hook(case):
 
 
 def test_a_hook_that_somebody_keeps_is_off_afterwards(case):
-    plain = case.model(*case.inputs(0))
-    with case.emag().observe():
-        kept = case.blocks[1].forward
+    emag, plain = case.emag(), case.model(*case.inputs(1))
+    with emag.observe():
         case.model(*case.inputs(0))
-        case.blocks[1].forward = lambda *args, **kwargs: kept(*args, **kwargs)
-    assert torch.equal(case.model(*case.inputs(0)), plain)
+    with emag.perturb():
+        case.model(*case.inputs(0))
+        replaying = case.blocks[0].forward
+        case.blocks[0].forward = lambda *args, **kwargs: replaying(*args, **kwargs)
+    assert torch.equal(case.model(*case.inputs(1)), plain)
 
 
 def peak(run: Callable, *inputs: Tensor) -> int:
@@ -539,6 +541,7 @@ def test_guide_is_the_loop_written_by_hand(case, calls, cond, images, channels):
                 torch.testing.assert_close(pred, expected)
                 assert (step in (0, 4)) == torch.equal(pred, plain[step][0])        # step 0's E is A; step 4 is outside
                 assert other is None or torch.equal(other, plain[step][1])          # passes through untouched
+                assert not used._calls and not used._outputs                        # nothing is kept of the passes
             assert len(used.trace) == 4
 
 
@@ -633,8 +636,9 @@ def test_guide_stays_on_a_model_that_is_offloaded(case):
 def test_guide_draws_one_trajectory_at_a_time(case):
     double = halves(case, 0)
     with pytest.raises(RuntimeError, match="failed, or two threads"), guide(case.model, case.blocks, (1, 2), steps=3):
+        case.model(*double)
         with pytest.raises(TypeError):
-            case.model(double[0])                                       # the other inputs are missing
+            case.model(halves(case, 1)[0])                              # the other inputs are missing
         case.model(*double)
     with pytest.raises(RuntimeError, match="failed, or two threads"), guide(case.model, case.blocks, (1, 2), steps=3):
         thread = threading.Thread(target=case.model, args=double)
@@ -821,6 +825,9 @@ CANNOT = {                                                  # what a candidate b
                      "gets 3 samples and attends for 6: .* batch-first"),
     "one call per sample": (lambda q, k, v, mask: [SDPA(*each) for each in zip(*(x.split(1) for x in (q, k, v)))],
                             "gets 3 samples and attends for 1: .* one attention call"),
+    "slices of heads": (lambda q, k, v, mask: [(a @ b.mT).softmax(-1) for a, b in zip(*(x.flatten(0, 1).split(3)
+                                                                                        for x in (q, k)))],
+                        "makes its map in several parts"),
     "the text first": (lambda q, k, v, mask: (SDPA(TEXT, TEXT, TEXT), SDPA(q, k, v)), "first self-attention .* is"),
     "infinite queries": (lambda q, k, v, mask: SDPA(q * math.inf, k, v), "Δ is not finite"),
 }
