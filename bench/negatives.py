@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None):
         weights = fingerprint(weak) if weak else ""
         if weak and (weights == bench.weights or weak.null_class != bench.model.null_class):
             raise ValueError(f"--weak {args.weak}: need another checkpoint, with the same classes")
-        negatives = make_negatives(bench.model, weak and weak.to(bench.model.pos_embed.device), weights)
+        negatives = make_negatives(bench.model, weak and weak.to(bench.model.pos_embed), weights)
         negatives = {name: negatives[name] for name in negatives if any(fnmatch(name, only) for only in args.only)}
     except (ValueError, ImportError) as error:
         parser.exit(2, f"negatives.py: {error}\n")

@@ -527,11 +527,14 @@ def test_measured_negatives_are_those_along_the_path(folder):
     assert not np.allclose(found["EMAG"]["hardness"], found["EMAG-Q"]["hardness"])
 
 
-def test_negatives_from_end_to_end(folder, capsys, monkeypatch):
-    negatives.main(flags(folder, "--only", "EMAG", "PAG", "weaker model", "--weak", f"{folder}/weak.pt"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_negatives_from_end_to_end(dtype, folder, capsys, monkeypatch):
+    argv = flags(folder, "--only", "EMAG", "PAG", "weaker model", "--weak", f"{folder}/weak.pt",
+                 "--set", json.dumps(dict(dtype=dtype)))
+    negatives.main(argv)
     first = capsys.readouterr()
     monkeypatch.setattr(negatives, "measure", None)            # what was measured is kept, as what was drawn
-    negatives.main(flags(folder, "--only", "EMAG", "PAG", "weaker model", "--weak", f"{folder}/weak.pt"))
+    negatives.main(argv)
     again = capsys.readouterr()
     # three moments, the table and the differences
     assert again == (first.out, "") and first.out.count("| PAG |") == 5 and first.out.count("| weaker model |") == 5
