@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import matplotlib
+import numpy as np
+
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
@@ -20,9 +22,11 @@ def draw_frontier(runs: list[dict], settings: dict, file: Path):
     """
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
     runs = [run for run in runs if run["changes"].keys() <= {"cfg", "emag", "variant"} and not run["random"]]
-    kinds = {"CFG alone, over w": ("black", "o-", lambda run: run["changes"].get("emag") == 1),
-             "EMAG": ("tab:red", "o", lambda run: run["changes"].get("emag") != 1 and "variant" not in run["changes"]),
-             "EMAG-Q": ("tab:blue", "s", lambda run: "variant" in run["changes"])}
+    kinds = {"CFG alone, w": ("black", "o-", lambda run: run["changes"].get("emag") == 1),
+             "EMAG, w / w_e": ("tab:red", "o", lambda run: run["changes"].get("emag") != 1
+                               and "variant" not in run["changes"]),
+             f"EMAG-Q, {settings['cfg']:g} / {settings['emag']:g}":
+                 ("tab:blue", "s", lambda run: "variant" in run["changes"])}
     for axis, (x, y) in zip(axes, (("coverage", "FD"), ("class accuracy", "KID"))):
         for label, (color, style, belongs) in kinds.items():
             chosen = [run for run in runs if not run["omega_of"] and belongs(run)]
@@ -32,8 +36,11 @@ def draw_frontier(runs: list[dict], settings: dict, file: Path):
             axis.errorbar(*places, xerr=widths[0], yerr=widths[1], color=color, fmt=style, elinewidth=0.6, label=label)
             for *place, run in zip(*places, chosen):
                 scales = settings | run["changes"]
-                text = f"w {scales['cfg']:g}" + (f", w_e {scales['emag']:g}" if scales["emag"] != 1 else "")
-                axis.annotate(text, place, xytext=(5, 5), textcoords="offset points", fontsize=9, color=color)
+                text = f"{scales['cfg']:g}" + (f" / {scales['emag']:g}" if scales["emag"] != 1 else "")
+                side = 1 if place[0] > np.mean(places[0]) or style == "o-" else -1           # so that few labels meet
+                if style != "s":
+                    axis.annotate(text, place, xytext=(6 * side, 4), textcoords="offset points", color=color,
+                                  ha="left" if side == 1 else "right")
         axis.set(xlabel=x, ylabel=f"{y}, axis upside down")
         axis.invert_yaxis()
     axes[0].legend(title="better: up and to the right")
