@@ -24,9 +24,9 @@ from torch import Tensor
 DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 
-def timestep_features(t: Tensor, dim: int = 256, max_period: float = 10000.0) -> Tensor:
+def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
     """Sinusoidal features of the network time, cosines first: (B,) → (B, dim)."""
-    freqs = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -318,8 +318,8 @@ def read_config(folder: Path) -> dict:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict, dict]:
-    """(content, config): what the file holds, and {}. For the folder of a diffusers model: what the model's file in it
-    holds, and its config.json.
+    """Returns (content, config). Of a file: what it holds, and {}. Of the folder of a diffusers model: what the file of
+    weights in it holds, and its config.json.
 
     Only tensors, plain values and argparse.Namespace are unpickled. Raises ValueError where the file cannot be read.
     """

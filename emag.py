@@ -81,8 +81,8 @@ def cfg_update(pred: Tensor, pred_null: Tensor, scale: float) -> Tensor:
 class Window:
     """Which steps observe the attention (from `start` to `stop`) and which perturb it (from `apply` to `stop`).
 
-    The bounds are shares of the trajectory that is left: 1 is noise, 0 is data. Step i of n, counted from 0, has
-    r = n−1−i steps left. A bound f means r = round(f·(n−1)), inclusive.
+    The bounds are shares of the trajectory that are still to come: 1 is noise, 0 is data. Step i of n, counted from 0,
+    has r = n−1−i steps left. A bound f means r = round(f·(n−1)), inclusive.
     """
     start: float = 1.0
     apply: float = 0.8
@@ -121,7 +121,7 @@ class EMAG:
         pred = emag_update(pred[rows], negative, scale)
 
     blocks: the model's transformer blocks in the order they run.  layers: the candidates, as indices into `blocks`.
-    beta, strength: β and λ, in [0, 1].  threshold: None selects the argmax, τ every block with z ≥ τ.
+    beta, strength: β and λ, in [0, 1].  threshold: None selects the argmax, τ also every block with z ≥ τ.
     variant: what the EMA averages and the negative replaces. "map" (EMAG): whole rows of A. "image" (EMAG-I): only
         their image columns. "query" (EMAG-Q): the queries themselves; no map is made. Only image queries are changed:
         text queries attend as the model has them.
@@ -349,8 +349,8 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
         condition and once without, and cond says which of the two calls is conditional, "first" or "last".
     channels: the output channels that are the prediction, where others are a variance.
     take: take(args, kwargs, rows) → (args, kwargs) cuts the model's inputs to the samples `rows`, a slice. The default
-        cuts every tensor and every list whose length is the batch size, that of the first tensor or list of tensors,
-        which has to be x_t.
+        takes the first tensor, or list of tensors, for x_t, and its length for the batch size, and cuts every tensor
+        and every list of that length.
     emag_options: as for EMAG.
 
     Raises ValueError for an argument out of range, RuntimeError where the model's calls are not as described.

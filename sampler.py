@@ -175,7 +175,7 @@ def guided(net: Callable, y: Tensor, null: Tensor, *, steps: int, cfg: float = 1
 
     net(x, t, y): the network.  y, null: labels of the condition and of ∅, (B,), or embeddings (B, D). For unconditional
     EMAG y is ∅ too, and cfg is 1.  A scale of 1 costs nothing: w = 1 needs no null prediction, w_e = 1 no negative.
-    channels: how many of the first channels are guided, None for those of x; the others stay the conditional ones.
+    channels: how many channels, the first ones, are guided; None: as many as x has. The others are the conditional ε's.
     condition: condition(y, t, update) in the place of y (`CADS`).
     combine: combine(ε̃', ε_∅, x, t, update) in the place of CFG's formula (`APG`).
     """
@@ -214,7 +214,7 @@ def guided(net: Callable, y: Tensor, null: Tensor, *, steps: int, cfg: float = 1
 
 def apg(denoised: Tensor, denoised_null: Tensor, scale: float, previous: Tensor | float = 0.0, eta: float = 0.0,
         norm: float = math.inf, momentum: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Adaptive projected guidance (Sadat et al., arXiv 2410.02416, alg. 1): CFG on x̂₀, less what only saturates.
+    """Adaptive projected guidance (Sadat et al., arXiv 2410.02416, alg. 1): CFG on x̂₀ less the part that saturates.
 
     d = D_c − D_∅ + m·d_prev;  D = D_c + (w−1)·(d_⊥ + η·d_∥), where d is first clipped to ‖d‖ ≤ ρ, sample by sample
 
@@ -501,7 +501,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--beta", type=float, help="EMA decay β in [0, 1]")
     add("--strength", type=float, help="blend λ in [0, 1]")
     add("--variant", choices=["map", "image", "query"], help="EMAG, EMAG-I (in a DiT the same as EMAG), or EMAG-Q")
-    add("--threshold", type=float, metavar="Z", help="select every block with z ≥ Z, not the argmax alone")
+    add("--threshold", type=float, metavar="Z", help="select every block with z ≥ Z beside the argmax")
     add("--window", type=float, nargs=3, metavar=("START", "APPLY", "STOP"), help="1 ≥ START ≥ APPLY ≥ STOP ≥ 0")
     add("--apg", type=float, nargs="*", metavar="ETA NORM MOMENTUM", help="APG for CFG's formula (default 0 5 -0.5)")
     add("--cads", type=float, nargs="*", metavar="TAU1 TAU2 S PSI", help="CADS (default 0.6 0.9, embedding std / 4, 1)")

@@ -96,7 +96,7 @@ class AuthorsFlow:
 
 
 def floor(emag: EMAG, window: Window, steps: int, passes: int) -> float:
-    """passes/2 + Σ over perturbed steps of (L − ℓ*) / (2·L·steps): L blocks, and CFG is two passes a step."""
+    """passes/2 + Σ over perturbed steps of (L − ℓ*) / (2·L·steps): L blocks, and CFG is two passes per step."""
     observed = [step for step in range(steps) if window.observes(step, steps)]
     starts = [emag.layers[int(entry.selected.any(0).nonzero()[0])] for step, entry in zip(observed, emag.trace)
               if window.perturbs(step, steps)]

@@ -1,6 +1,6 @@
 """Draws what EMAG did to one batch: scores, choices, and how the negative differs from the clean prediction.
 
-    python demo/trace.py --classes smiley,flag,people --out demo/trace.png             # the flags of sampler.py
+    python demo/trace.py --classes face-smiling,country-flag --out demo/trace.png             # the flags of sampler.py
 """
 import dataclasses
 import sys
