@@ -1524,9 +1524,11 @@ def test_progress_is_silent_where_stderr_is_no_terminal(files, tmp_path, capsys,
         assert ("step 2 of 3" in shown) == terminal and "\n" not in shown
 
 
-def test_the_demo_checkpoint_says_what_it_is():
-    model, meta = load_dit(DEMO)
-    assert DEMO.stat().st_size < 17e6 and meta["prediction"] == "velocity" and len(meta["class_names"]) == 88
+@pytest.mark.parametrize("file, prediction", [("emoji-flow.pt", "velocity"), ("emoji-eps.pt", "noise")])
+def test_the_demo_checkpoints_say_what_they_are(file, prediction):
+    model, meta = load_dit(DEMO.parent / file)
+    assert (DEMO.parent / file).stat().st_size < 17e6
+    assert meta["prediction"] == prediction and len(meta["class_names"]) == 88
     assert {"sampler", "steps", "cfg", "emag", "layers", "window"} <= meta["settings"].keys()
     assert set(meta["settings"]["classes"]) < set(meta["class_names"])
     assert not model.training and model.null_class == 88

@@ -3,7 +3,7 @@
     pip install resvg-py            # draws the SVGs; npm fetches them (26 MB, once)
     python demo/train.py                                  # writes demo/emoji-flow.pt
     python demo/train.py --minutes 120 --resume           # goes on for two hours after an interruption
-    python demo/train.py --predict noise --start demo/emoji-flow.pt --images 1000000        # writes demo/emoji-eps.pt
+    python demo/train.py --predict noise --start demo/emoji-flow.pt --images 500000         # writes demo/emoji-eps.pt
 
 Rectified flow (velocity): x_t = (1 − t)·x₀ + t·ε, the network predicts v = ε − x₀ at network time 1000·t.
 DDPM (noise): x_i = √ᾱ_i·x₀ + √(1−ᾱ_i)·ε on the linear schedule, the network predicts ε at network time i = 0…999.
