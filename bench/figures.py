@@ -58,7 +58,7 @@ def draw_negatives(rows: list[dict], file: Path):
             axis.errorbar(x, y, xerr=width, yerr=height, color=f"C{number}", fmt="o", elinewidth=0.6, label=row["name"])
         axis.set(title=f"t = {t:.2f}", xlabel="‖x̂₀ − x̂₀'‖ / ‖x̂₀ − x̂₀^∅‖, harder to the left", xlim=(0, None))
     axes[0, 0].set_ylabel("share of x̂₀' in the class of x̂₀, more faithful upwards")
-    axes[0, -1].legend()
+    axes[0, -1].legend(loc="lower left")
     figure.savefig(file, dpi=110)
 
 
