@@ -1538,7 +1538,8 @@ def test_the_demo_checkpoints_say_what_they_are(file, prediction):
 
 
 def script(path: str):
-    """A script such as demo/trace.py as a module."""
+    """A script such as demo/trace.py as a module, beside which it finds its neighbours."""
+    sys.path.append(str((HERE / path).parent))
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path), HERE / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

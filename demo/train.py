@@ -51,7 +51,7 @@ CONFIG = dict(input_size=32, patch_size=4, in_channels=3, hidden_size=192, depth
 # Chosen by eye and with bench/quality.py: demo/README.md says how.
 SETTINGS = dict(cfg=2.5, emag=2.0, layers=[4, 5, 6, 7], beta=0.988, strength=1.0, window=[1.0, 0.8, 0.2],
                 classes=DEFAULT_CLASSES)
-SAMPLING = {"velocity": dict(sampler="euler", steps=30), "noise": dict(sampler="ddim", steps=50)}
+SAMPLING = {"velocity": dict(sampler="euler", steps=30), "noise": dict(sampler="ddim", steps=50, emag=1.5)}
 
 
 # ---------------------------------------------------------------------------------------------------------- the data
