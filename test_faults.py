@@ -427,7 +427,9 @@ def test_killed_runs_go_on_to_the_same_images(processes, kill_at, whole, folder,
     assert run_many(out, "--npz", npz, processes=processes, kill_at=kill_at) == [-signal.SIGKILL] * processes
     temporary = list(tmp_path.rglob(".*.tmp"))
     killed = {name: content for name, content in contents(out).items() if name in whole}
-    assert len(temporary) == processes and len(killed) == 1 + processes * (kill_at - 1) and killed.items() <= whole.items()
+    # A process that starts when another is dead already removes what that one left.
+    assert 1 <= len(temporary) <= processes and len(killed) == 1 + processes * (kill_at - 1)
+    assert killed.items() <= whole.items()
 
     # Images that only seem to be there: cut short, empty, with a changed byte, of another number, seed and size.
     pixels = whole["000012.png"].index(b"IDAT") + 12
