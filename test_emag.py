@@ -1538,8 +1538,7 @@ def test_the_demo_checkpoints_say_what_they_are(file, prediction):
 
 
 def script(path: str):
-    """A script such as demo/trace.py as a module, beside which it finds its neighbours."""
-    sys.path.append(str((HERE / path).parent))
+    """A script such as demo/trace.py as a module."""
     spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path), HERE / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -1684,6 +1683,7 @@ def test_the_two_commands(files, tmp_path):
 def test_every_flag_of_the_readme_is_one_of_its_script(capsys, monkeypatch):
     commands = re.findall(r"(?:python|--) ((?:demo/|bench/)?\w+\.py)([^`\n#|]*)", README)
     assert {path for path, _ in commands} >= {"sampler.py", "demo/compare.py", "demo/trace.py", "bench/many.py"}
+    monkeypatch.syspath_prepend(HERE / "bench")                       # whose scripts import their neighbours
     for path in {path for path, _ in commands}:
         monkeypatch.setattr(sys, "argv", [path, "--help"])
         with pytest.raises(SystemExit):
