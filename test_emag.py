@@ -1,9 +1,9 @@
-"""All tests. Page one is the method once more, slowly, for two models written out by hand. The rest follows
-emag.py, dit.py and sampler.py, in their order, and then the README.
+"""Page one is the method once more, slowly, for two models written out by hand. The rest tests emag.py and sampler.py,
+in their order, and then what the README says. Of other tests, those of dit.py stand in demo/, those of the command line
+under wrong input in bench/.
 
 Tests that compare with diffusers are skipped where it is not installed.
 """
-import argparse
 import collections
 import dataclasses
 import importlib.util
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import emag as emag_module
 import sampler
-from dit import DIT_SIZES, Attention, DiT, LatentDecoder, load_decoder, load_dit, read_checkpoint
+from dit import Attention, DiT, LatentDecoder, load_decoder, load_dit
 from emag import EMAG, Window, deviation, ema_update, guide, select_layers, zscore
 
 torch.set_num_threads(1)                 # the models are tiny: a second thread costs more than it brings
@@ -54,7 +54,7 @@ def softmax_map(q: Tensor, k: Tensor) -> Tensor:
 class SlowEMAG:
     """The method for any forward by_hand(*inputs, attend), where attend(n, q, k) gives the attention map of block n.
 
-    METHOD's equations, one sample at a time where samples part; nothing is shared with emag.py.
+    The paper's equations, one sample at a time where samples part; nothing is shared with emag.py.
     """
 
     def __init__(self, by_hand: Callable, layers=(1, 2, 3), beta=0.988, strength=1.0, threshold=None, variant="map",
@@ -432,20 +432,24 @@ def test_passes_of_two_threads_take_turns(case):
         assert not found
         case.model(*case.inputs(0))
     thread.join()
-    assert len(emag.trace) == 1 and all(map(torch.equal, found, expected)) and len(found) == 4
+    assert len(emag.trace) == 1
+    for one, two in zip(found, expected, strict=True):       # on some CPUs another thread rounds otherwise
+        torch.testing.assert_close(one, two)
     assert state(case.model) == before and torch._dynamo.eval_frame._stance.stance == "default"
 
 
 def test_other_threads_see_no_hook(case):
-    emag, plain, seen = case.emag(), case.model(*case.inputs(0)), []
+    emag, plain, seen = case.emag(), case.model(*case.inputs(4)), []
+    trajectory(case, emag)
     for context in (emag.observe, emag.perturb):
         with context():
-            thread = threading.Thread(target=lambda: seen.append(case.model(*case.inputs(0))))
+            thread = threading.Thread(target=lambda: seen.append(case.model(*case.inputs(4))))
             thread.start()
             thread.join()
-            last = case.model(*case.inputs(0))
-    assert torch.equal(seen[0], plain) and torch.equal(seen[1], plain)
-    assert torch.equal(last, *trajectory(case, case.emag(), steps=1))
+            last = case.model(*case.inputs(4))
+    for each in seen:                                        # on some CPUs another thread rounds otherwise
+        torch.testing.assert_close(each, plain)
+    assert len(seen) == 2 and torch.equal(last, trajectory(case, case.emag(), steps=5)[-1])
 
 
 def test_a_hook_that_somebody_keeps_is_off_afterwards(case):
@@ -968,132 +972,6 @@ def test_a_whole_model_of_one_graph_cannot_be_hooked_inside_it():
     torch._dynamo.reset()
 
 
-# ------------------------------------------------------------------------------------------------------------- dit.py
-
-
-def test_every_key_and_the_sizes_of_the_paper():
-    """Every key of an official DiT-XL/2 with its shape, as METHOD section 8 lists them."""
-    assert DIT_SIZES == {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-    d, names = 1152, {"pos_embed": (1, 256, 1152)}
-    layers = {"t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d), "x_embedder.proj": (d, 4, 2, 2),
-              "final_layer.adaLN_modulation.1": (2 * d, d), "final_layer.linear": (2 * 2 * 8, d)}
-    for n in range(28):
-        layers |= {f"blocks.{n}.{name}": shape for name, shape in {
-            "attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (4 * d, d), "mlp.fc2": (d, 4 * d),
-            "adaLN_modulation.1": (6 * d, d)}.items()}
-    for name, shape in layers.items():
-        names |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-    with torch.device("meta"):
-        model, decoder = DiT(), LatentDecoder().state_dict()
-    names["y_embedder.embedding_table.weight"] = (1001, d)
-    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == names
-    learned = sum(p.numel() for name, p in model.named_parameters() if name != "pos_embed")
-    assert learned == pytest.approx(675e6, rel=2e-3)                         # "675M", Peebles & Xie, table 1
-    assert sum(tensor.numel() for tensor in decoder.values()) == 49_490_199  # SD's decoder and post_quant_conv
-    assert decoder["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"].shape == (256, 512, 1, 1)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("learn_sigma", [True, False])
-def test_official_layouts_round_trip(training, learn_sigma, tmp_path):
-    model = small_dit(in_channels=4, learn_sigma=learn_sigma).float()
-    content = state = model.state_dict()
-    if training:
-        noise = {name: torch.randn_like(tensor) for name, tensor in state.items()}
-        content = {"model": noise, "ema": state, "opt": {"state": {}}, "args": argparse.Namespace(model="DiT-S/8")}
-    torch.save(content, tmp_path / "dit.pt")
-    loaded, meta = load_dit(tmp_path / "dit.pt", heads=4)
-    x, t, y = seeded(3, 4, 8, 8, dtype=torch.float32), torch.tensor([0.0, 40.0, 999.0]), torch.tensor([0, 2, 3])
-    assert loaded.config == model.config and meta["prediction"] == "noise" and meta["latent"]
-    assert torch.equal(loaded(x, t, y), model(x, t, y))
-    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F64, torch.int64, torch.bool])
-def test_safetensors_of_any_dtype(dtype, tmp_path):
-    tensors = {"a": (10 * seeded(3, 5)).to(dtype), "b": torch.ones(2, dtype=torch.uint8), "c": torch.tensor(3.5)}
-    pytest.importorskip("safetensors.torch").save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    content, _ = read_checkpoint(tmp_path / "x.safetensors")
-    assert content.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert content[name].dtype == tensor.dtype and torch.equal(content[name], tensor)
-
-
-def diffusers_dit(**changes):
-    """DiT of diffusers with random weights, brought to the official formulas in the two places where it departs.
-
-    It spaces the frequencies of the time features by 1/127 instead of 1/128 (`downscale_freq_shift=1`), and its default
-    norm_eps of 1e-5 reaches the second LayerNorm of a block, where the official code has 1e-6.
-    """
-    diffusers = pytest.importorskip("diffusers")
-    config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3,
-                  sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4, norm_eps=1e-6)
-    theirs = randomised(diffusers.DiTTransformer2DModel(**(config | changes)), std=0.2).float()
-    embedder = theirs.transformer_blocks[0].norm1.emb
-    embedder.time_proj.downscale_freq_shift = 0
-    for block in theirs.transformer_blocks:
-        block.norm1.emb.load_state_dict(embedder.state_dict())
-        block.norm1.emb.time_proj.downscale_freq_shift = 0
-    return theirs
-
-
-@pytest.mark.parametrize("serialised", ["folder", "bin beside config"])
-@pytest.mark.parametrize("size", [dict(), dict(num_attention_heads=3, attention_head_dim=12, num_layers=5,
-                                               sample_size=16, patch_size=4, out_channels=4, norm_num_groups=6)])
-def test_dit_is_that_of_diffusers(size, serialised, tmp_path):
-    theirs = diffusers_dit(**size)
-    theirs.save_pretrained(tmp_path, safe_serialization=serialised == "folder")
-    ours, _ = load_dit(tmp_path if serialised == "folder" else next(tmp_path.glob("*.bin")))
-    x = seeded(3, 4, theirs.config.sample_size, theirs.config.sample_size, dtype=torch.float32)
-    t, y = torch.tensor([0, 250, 999]), torch.tensor([3, 999, 1000])
-    with torch.no_grad():
-        expected = theirs(x, timestep=t, class_labels=y).sample
-    out = ours(x, t, y)
-    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert ours.config["learn_sigma"] == (out.shape[1] == 8) and ours.null_class == 1000
-
-
-def test_a_diffusers_file_needs_its_config_and_one_embedder(tmp_path):
-    theirs, path = diffusers_dit(), tmp_path / "alone.bin"
-    state = theirs.state_dict()
-    torch.save(state, path)
-    with pytest.raises(ValueError, match="need config.json beside the file"):
-        load_dit(path)
-    (tmp_path / "config.json").write_text(json.dumps(dict(theirs.config)))
-    state["transformer_blocks.2.norm1.emb.class_embedder.embedding_table.weight"] += 1
-    torch.save(state, path)
-    with pytest.raises(ValueError, match="y_embedder.* differ"):
-        load_dit(path)
-
-
-def tiny_vae(diffusers, levels: int = 2, **changes):
-    """For test_recipes.py too."""
-    config = dict(block_out_channels=(8,) * levels, norm_num_groups=4, latent_channels=4, shift_factor=0.0,
-                  down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels)
-    return diffusers.AutoencoderKL(**config | changes).eval()
-
-
-@pytest.mark.parametrize("naming", ["new", "old"])
-def test_decoder_is_that_of_diffusers(naming, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    theirs = randomised(tiny_vae(diffusers, 4, block_out_channels=(32, 64, 96, 96), norm_num_groups=32,
-                                 layers_per_block=2), std=0.05).float()
-    path, state = tmp_path / "vae.bin", theirs.state_dict()
-    if naming == "new":
-        theirs.save_pretrained(tmp_path)
-        path = tmp_path
-    else:
-        for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
-            state = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): part for name, part in state.items()}
-        assert "decoder.mid_block.attentions.0.query.weight" in state
-        torch.save(state, path)
-    latents = seeded(2, 4, 6, 10, dtype=torch.float32)
-    with torch.no_grad():
-        expected = theirs.decode(latents / 0.18215).sample
-    out = load_decoder(path)(latents)
-    assert out.shape == (2, 3, 48, 80) and (out - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
 # ------------------------------------------------------------------------------------------------------------ samplers
 
 MEAN, STD = 0.7, 0.4          # the data are one Gaussian, so every prediction is known in closed form
@@ -1225,7 +1103,7 @@ def draw(count: int = 3, batch: int | None = None, model: DiT | None = None, wat
 
 
 def apg_by_hand(cond: Tensor, null: Tensor, scale: float, d_prev, eta: float, norm: float, momentum: float):
-    """METHOD's section 6, a sample at a time; also gives d."""
+    """The APG paper's algorithm 1, one sample at a time; also gives d."""
     guided, directions = [], []
     for b, each in enumerate(cond):
         d = each - null[b] + (0 if d_prev is None else momentum * d_prev[b])
@@ -1237,7 +1115,7 @@ def apg_by_hand(cond: Tensor, null: Tensor, scale: float, d_prev, eta: float, no
 
 
 def cads_by_hand(y: Tensor, t: float, n: Tensor | None, tau1: float, tau2: float, s: float, psi: float) -> Tensor:
-    """METHOD's section 6, a sample at a time."""
+    """The CADS paper's formula, one sample at a time."""
     gamma = 1 if t <= tau1 else 0 if t >= tau2 else (tau2 - t) / (tau2 - tau1)
     if gamma == 1:
         return y
@@ -1422,7 +1300,7 @@ def test_settings_go_through_json_and_stay():
         settings.steps = 4
 
 
-# What no flag can say and a checkpoint can; what flags can say is in test_faults.py.
+# What no flag can say and a checkpoint can; what flags can say is in bench/test_faults.py.
 BAD = {"sampler": ["magic", None], "steps": [1001, 2.5, "5", True, math.nan], "cfg": ["2", None], "emag": [-math.inf],
        "layers": [[], [-1], ["4"], "4-7", 4], "variant": ["blur"], "threshold": ["1"], "guide_channels": [1.5],
        "window": [[1.0, 0.8], 0.5], "seed": [0.5], "apg": [[0, 5]], "cads": [[0.6, 0.9, 0.1, 1.5]]}
@@ -1524,71 +1402,6 @@ def test_progress_is_silent_where_stderr_is_no_terminal(files, tmp_path, capsys,
         assert ("step 2 of 3" in shown) == terminal and "\n" not in shown
 
 
-@pytest.mark.parametrize("file, prediction", [("emoji-flow.pt", "velocity"), ("emoji-eps.pt", "noise")])
-def test_the_demo_checkpoints_say_what_they_are(file, prediction):
-    model, meta = load_dit(DEMO.parent / file)
-    assert (DEMO.parent / file).stat().st_size < 17e6
-    assert meta["prediction"] == prediction and len(meta["class_names"]) == 88
-    assert {"sampler", "steps", "cfg", "emag", "layers", "window"} <= meta["settings"].keys()
-    assert set(meta["settings"]["classes"]) < set(meta["class_names"])
-    assert not model.training and model.null_class == 88
-
-
-# ---------------------------------------------------------------------------------------------------------------- demo
-
-
-def script(path: str):
-    """A script such as demo/trace.py as a module."""
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path), HERE / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_compare_draws_what_each_guidance_draws_alone(files, tmp_path, monkeypatch):
-    compare, drawn, path = script("demo/compare.py"), {}, tmp_path / "compare.png"
-    page = Image.new("RGB", (9, 9))
-    monkeypatch.setattr(compare, "draw_grid", lambda table, labels: drawn.update(zip(labels, table)) or page)
-    flags = ["--ckpt", files / "flow.pt", "--num", 3, "--batch", 2, "--apg", 0.5, 4, -0.25, "--emag", 3]
-    assert compare.main([str(arg) for arg in [*flags, "--out", path]]) == 0
-    settings, (model, meta) = json.loads(Image.open(path).text["settings"]), load_dit(files / "flow.pt")
-    lines = settings.pop("lines")
-    for (title, images), (label, line), (name, changes) in zip(drawn.items(), lines.items(), {
-            "no guidance": dict(cfg=1.0, emag=1.0), "CFG": dict(emag=1.0), "EMAG": {},
-            "EMAG + APG": dict(apg=[0.5, 4, -0.25]), "EMAG + CADS": dict(cads=settings["cads"])}.items(), strict=True):
-        assert title.startswith(label) and label.split("\n")[0] == name
-        assert line == settings | dict(apg=None, cads=None) | changes
-        expected = sampler.to_images(sampler.sample(model, meta, [2, 0, 2], range(3), sampler.Settings(**line)))
-        assert np.abs(np.stack(images).astype(int) - expected).max() <= 1
-    assert len({np.stack(images).tobytes() for images in drawn.values()}) == 5
-    (negative,) = compare.lines_of(sampler.Settings(**settings), ["negative"]).values()
-    assert (negative.emag, negative.cfg, negative.apg, negative.cads) == (0, settings["cfg"], None, None)
-
-
-@pytest.mark.parametrize("flags", [[], ["--variant", "query", "--threshold", "0"], ["--layers", "2", "--steps", "1"]])
-def test_trace_draws_what_happened(flags, files, tmp_path, monkeypatch):
-    """What it keeps are the predictions and the maps of the run, and the picture has the run's settings."""
-    trace, traces, told, maps, path = script("demo/trace.py"), [], [], [], tmp_path / "trace.png"
-    draw_page = trace.draw
-    monkeypatch.setattr(trace, "draw", lambda kept, *rest: traces.append(kept) or draw_page(kept, *rest))
-    argv = ["--ckpt", str(files / "flow.pt"), "--num", "4", "--steps", "5", *flags, "--out", str(path)]
-    assert trace.main(argv) == 0
-    settings, (kept,) = sampler.Settings(**json.loads(Image.open(path).text["settings"])), traces
-    update = emag_module.ema_update
-    monkeypatch.setattr(emag_module, "ema_update", lambda ema, attn, beta: maps.append(attn) or update(ema, attn, beta))
-    model, meta = load_dit(files / "flow.pt")
-    sampler.sample(model, meta, [2, 0, 2, 0], range(4), settings, told.append)
-    told = [step for step in told if step.negative is not None]
-    for (step, size), other in zip(kept.perturbed, told, strict=True):
-        assert step.step == other.step and torch.equal(step.negative, other.negative[:1])
-        torch.testing.assert_close(size, (other.clean - other.negative).flatten(1).norm(dim=1))
-    layers = len(settings.layers)
-    for i, (attn, _) in enumerate(kept.rows.values()):                      # of the first sample, a token in the middle
-        expected = torch.stack([each[0, :, kept.token].mean(dim=0) for each in maps[i * layers:(i + 1) * layers]])
-        torch.testing.assert_close(attn, expected, rtol=1e-3, atol=1e-5)
-    assert len(kept.rows) == (0 if settings.variant == "query" else len(kept.emag.trace))
-
-
 # ------------------------------------------------------------------------------------- what the README says is true
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -1678,6 +1491,14 @@ def test_the_two_commands(files, tmp_path):
                           cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["samples.png"]
+
+
+def script(path: str):
+    """A script such as demo/trace.py as a module."""
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path), HERE / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_flag_of_the_readme_is_one_of_its_script(capsys, monkeypatch):

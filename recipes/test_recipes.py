@@ -15,13 +15,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dit import DiT  # noqa: E402
 from emag import guide  # noqa: E402
-from test_emag import F64, randomised, seeded, tiny_vae  # noqa: E402
+from test_emag import F64, randomised, seeded  # noqa: E402
 
 
 def import_diffusers():
     """diffusers, or the test is skipped: its pipelines, and some of its models, need transformers too."""
     pytest.importorskip("transformers")
     return pytest.importorskip("diffusers")
+
+
+def tiny_vae(diffusers, levels: int = 2, **changes):
+    config = dict(block_out_channels=(8,) * levels, norm_num_groups=4, latent_channels=4, shift_factor=0.0,
+                  down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels)
+    return diffusers.AutoencoderKL(**config | changes).eval()
 
 
 # ------------------------------------------------------------------------------------------------- the slow oracle

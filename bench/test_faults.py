@@ -2,7 +2,6 @@
 import contextlib
 import copy
 import functools
-import importlib.util
 import io
 import itertools
 import json
@@ -22,20 +21,12 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import sampler
-from dit import DiT, LatentDecoder, load_dit
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sampler  # noqa: E402
+from dit import DiT, LatentDecoder, load_dit  # noqa: E402
+from test_emag import HERE, script  # noqa: E402
 
 torch.set_num_threads(1)                 # the models are tiny, and a process that forks may have no other threads
-HERE = Path(__file__).resolve().parent
-
-
-def script(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, HERE / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 many, compare, trace = script("bench/many.py"), script("demo/compare.py"), script("demo/trace.py")
 SCRIPTS = dict(sampler=sampler, many=many, compare=compare, trace=trace)
 

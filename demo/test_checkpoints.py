@@ -1,6 +1,10 @@
-"""What a bad checkpoint does: one ValueError line that names the file and what is wrong, and no warning beside it."""
+"""dit.py: the layouts that load, and the same numbers as diffusers' DiT and decoder. Then bad checkpoints: for each one
+ValueError line that names the file and what is wrong, and no warning beside it.
+"""
+import argparse
 import json
 import re
+import sys
 import warnings
 import zipfile
 from functools import partial
@@ -10,7 +14,142 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit import DIFFUSERS_NAMES, DiT, LatentDecoder, fingerprint, load_decoder, load_dit
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dit import (DIFFUSERS_NAMES, DIT_SIZES, DiT, LatentDecoder, fingerprint, load_decoder, load_dit,  # noqa: E402
+                 read_checkpoint)
+from test_emag import DEMO, F64, randomised, seeded, small_dit  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------- files that are good
+
+
+def test_every_key_and_the_sizes_of_the_paper():
+    """Every key of an official DiT-XL/2 with its shape."""
+    assert DIT_SIZES == {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+    d, names = 1152, {"pos_embed": (1, 256, 1152)}
+    layers = {"t_embedder.mlp.0": (d, 256), "t_embedder.mlp.2": (d, d), "x_embedder.proj": (d, 4, 2, 2),
+              "final_layer.adaLN_modulation.1": (2 * d, d), "final_layer.linear": (2 * 2 * 8, d)}
+    for n in range(28):
+        layers |= {f"blocks.{n}.{name}": shape for name, shape in {
+            "attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (4 * d, d), "mlp.fc2": (d, 4 * d),
+            "adaLN_modulation.1": (6 * d, d)}.items()}
+    for name, shape in layers.items():
+        names |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    with torch.device("meta"):
+        model, decoder = DiT(), LatentDecoder().state_dict()
+    names["y_embedder.embedding_table.weight"] = (1001, d)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == names
+    learned = sum(p.numel() for name, p in model.named_parameters() if name != "pos_embed")
+    assert learned == pytest.approx(675e6, rel=2e-3)                         # "675M", Peebles & Xie, table 1
+    assert sum(tensor.numel() for tensor in decoder.values()) == 49_490_199  # SD's decoder and post_quant_conv
+    assert decoder["decoder.up_blocks.2.resnets.0.conv_shortcut.weight"].shape == (256, 512, 1, 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_official_layouts_round_trip(training, learn_sigma, tmp_path):
+    model = small_dit(in_channels=4, learn_sigma=learn_sigma).float()
+    content = state = model.state_dict()
+    if training:
+        noise = {name: torch.randn_like(tensor) for name, tensor in state.items()}
+        content = {"model": noise, "ema": state, "opt": {"state": {}}, "args": argparse.Namespace(model="DiT-S/8")}
+    torch.save(content, tmp_path / "dit.pt")
+    loaded, meta = load_dit(tmp_path / "dit.pt", heads=4)
+    x, t, y = seeded(3, 4, 8, 8, dtype=torch.float32), torch.tensor([0.0, 40.0, 999.0]), torch.tensor([0, 2, 3])
+    assert loaded.config == model.config and meta["prediction"] == "noise" and meta["latent"]
+    assert torch.equal(loaded(x, t, y), model(x, t, y))
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, F64, torch.int64, torch.bool])
+def test_safetensors_of_any_dtype(dtype, tmp_path):
+    tensors = {"a": (10 * seeded(3, 5)).to(dtype), "b": torch.ones(2, dtype=torch.uint8), "c": torch.tensor(3.5)}
+    pytest.importorskip("safetensors.torch").save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    content, _ = read_checkpoint(tmp_path / "x.safetensors")
+    assert content.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert content[name].dtype == tensor.dtype and torch.equal(content[name], tensor)
+
+
+def diffusers_dit(**changes):
+    """DiT of diffusers with random weights, brought to the official formulas in the two places where it departs.
+
+    It spaces the frequencies of the time features by 1/127 instead of 1/128 (`downscale_freq_shift=1`), and its default
+    norm_eps of 1e-5 reaches the second LayerNorm of a block, where the official code has 1e-6.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    config = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3,
+                  sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4, norm_eps=1e-6)
+    theirs = randomised(diffusers.DiTTransformer2DModel(**(config | changes)), std=0.2).float()
+    embedder = theirs.transformer_blocks[0].norm1.emb
+    embedder.time_proj.downscale_freq_shift = 0
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.load_state_dict(embedder.state_dict())
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    return theirs
+
+
+@pytest.mark.parametrize("serialised", ["folder", "bin beside config"])
+@pytest.mark.parametrize("size", [dict(), dict(num_attention_heads=3, attention_head_dim=12, num_layers=5,
+                                               sample_size=16, patch_size=4, out_channels=4, norm_num_groups=6)])
+def test_dit_is_that_of_diffusers(size, serialised, tmp_path):
+    theirs = diffusers_dit(**size)
+    theirs.save_pretrained(tmp_path, safe_serialization=serialised == "folder")
+    ours, _ = load_dit(tmp_path if serialised == "folder" else next(tmp_path.glob("*.bin")))
+    x = seeded(3, 4, theirs.config.sample_size, theirs.config.sample_size, dtype=torch.float32)
+    t, y = torch.tensor([0, 250, 999]), torch.tensor([3, 999, 1000])
+    with torch.no_grad():
+        expected = theirs(x, timestep=t, class_labels=y).sample
+    out = ours(x, t, y)
+    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert ours.config["learn_sigma"] == (out.shape[1] == 8) and ours.null_class == 1000
+
+
+def test_a_diffusers_file_needs_its_config_and_one_embedder(tmp_path):
+    theirs, path = diffusers_dit(), tmp_path / "alone.bin"
+    state = theirs.state_dict()
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="need config.json beside the file"):
+        load_dit(path)
+    (tmp_path / "config.json").write_text(json.dumps(dict(theirs.config)))
+    state["transformer_blocks.2.norm1.emb.class_embedder.embedding_table.weight"] += 1
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="y_embedder.* differ"):
+        load_dit(path)
+
+
+@pytest.mark.parametrize("naming", ["new", "old"])
+def test_decoder_is_that_of_diffusers(naming, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = randomised(diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 96, 96), layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4), std=0.05).float()
+    path, state = tmp_path / "vae.bin", theirs.state_dict()
+    if naming == "new":
+        theirs.save_pretrained(tmp_path)
+        path = tmp_path
+    else:
+        for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+            state = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): part for name, part in state.items()}
+        assert "decoder.mid_block.attentions.0.query.weight" in state
+        torch.save(state, path)
+    latents = seeded(2, 4, 6, 10, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs.decode(latents / 0.18215).sample
+    out = load_decoder(path)(latents)
+    assert out.shape == (2, 3, 48, 80) and (out - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("file, prediction", [("emoji-flow.pt", "velocity"), ("emoji-eps.pt", "noise")])
+def test_the_demo_checkpoints_say_what_they_are(file, prediction):
+    model, meta = load_dit(DEMO.parent / file)
+    assert (DEMO.parent / file).stat().st_size < 17e6
+    assert meta["prediction"] == prediction and len(meta["class_names"]) == 88
+    assert {"sampler", "steps", "cfg", "emag", "layers", "window"} <= meta["settings"].keys()
+    assert set(meta["settings"]["classes"]) < set(meta["class_names"])
+    assert not model.training and model.null_class == 88
+
+
+# ------------------------------------------------------------------------------------------------ files that are bad
 
 CONFIG = dict(input_size=8, patch_size=4, in_channels=3, hidden_size=32, depth=2, num_heads=4, num_classes=3,
               learn_sigma=False)
