@@ -178,22 +178,19 @@ class EMAG:
         rows: an index into the batch, the conditional samples.  update=False: a second evaluation within one step
         (Heun's corrector), which advances neither E nor Δ.
         """
-        recorded = range(self.layers[-1]) if self.reuse else ()
-        ran: list[int] = []
-        with _hooking() as hooks:
-            self._forget_pass()
-            try:
-                for n in recorded:
-                    hooks.enter_context(_record(self.blocks[n], n, ran, partial(self._keep_output, n, rows)))
+        try:
+            with _hooking(self.blocks, "observe()") as hook:
+                self._forget_pass()
+                for n in range(self.layers[-1]) if self.reuse else ():
+                    hook(n, self._record, rows)
                 for n in self.layers:
-                    hooks.enter_context(_catch(self.blocks[n], n, ran, partial(self._clean_attention, n, rows)))
+                    hook(n, self._catch, self._clean_attention, rows)
                 yield self
-                _check_ran(ran, [*recorded, *self.layers], "observe()")
-                if update:
-                    self._advance()
-            except BaseException:
-                self._forget_pass()                                   # so that no negative is made from half a pass
-                raise
+            if update:
+                self._advance()
+        except BaseException:
+            self._forget_pass()                                       # so that no negative is made from half a pass
+            raise
 
     @contextmanager
     def perturb(self) -> Iterator["EMAG"]:
@@ -205,27 +202,43 @@ class EMAG:
         # Samples that selected different blocks share the pass: it starts at the first of these blocks, and in each
         # block only the samples that selected it attend with Ã.
         chosen = {n: samples for n, samples in zip(self.layers, self.selected.T) if samples.any()}
-        replayed = range(min(chosen)) if self.reuse else ()
-        ran: list[int] = []
         if not self._calls or not self._ema:
             raise RuntimeError("perturb() needs a clean pass of this step: run it inside `with emag.observe():` first")
-        with _hooking() as hooks:
-            for n in replayed:
-                hooks.enter_context(_replay(self.blocks[n], n, ran, partial(self._replayed_output, n)))
+        with _hooking(self.blocks, "perturb()") as hook:
+            for n in range(min(chosen)) if self.reuse else ():
+                hook(n, self._replay)
             for n, samples in chosen.items():
-                hooks.enter_context(_catch(self.blocks[n], n, ran, partial(self._negative_attention, n, samples)))
+                hook(n, self._catch, self._negative_attention, samples)
             yield self
-            _check_ran(ran, [*replayed, *chosen], "perturb()")
 
-    # What the hooks of the clean pass do.
+    # The three hooks: what runs in the place of block n's own forward, `original`.
 
-    def _keep_output(self, n: int, rows, batch: int, output):
+    def _record(self, n: int, rows, original: Callable, /, *args, **kwargs):
+        """Block n runs, and what it returns is kept for `rows`."""
         def kept(x):                          # a copy, since a model may add to hidden states in place between blocks
             if not isinstance(x, Tensor):
                 return x
             return x[rows].clone() if _is_batched(x, batch) else x.clone()
 
+        output, batch = original(*args, **kwargs), len(_first_input(args, kwargs))
         self._outputs[n] = tree_map(kept, output)
+        return output
+
+    def _replay(self, n: int, original: Callable, /, *args, **kwargs):
+        """Block n does not run: it returns once more what was kept."""
+        self._check_batch(len(_first_input(args, kwargs)))
+        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._outputs[n])
+
+    def _catch(self, n: int, attention: Callable, rows, original: Callable, /, *args, **kwargs):
+        """Block n runs, and attention(n, rows, call) computes its first self-attention."""
+        with _CatchSelfAttention(partial(attention, n, rows), len(_first_input(args, kwargs))) as mode:
+            output = original(*args, **kwargs)
+        if not mode.caught:
+            block = self.blocks[n]
+            raise RuntimeError(f"candidate block {n} ({type(block).__name__}) {mode.what_was_seen(block)}")
+        return output
+
+    # What `_catch` does with the attention of the clean pass.
 
     def _clean_attention(self, n: int, rows, call: "_AttentionCall") -> Tensor:
         """Block n attends as it would; its call, cut to the observed rows, is kept for `_advance` and the negative."""
@@ -276,11 +289,7 @@ class EMAG:
         attn = call.attention_map(heads, self.image_tokens, self.ema_dtype)
         return attn[..., self.image_tokens] if self.variant == "image" else attn
 
-    # What the hooks of the negative pass do.
-
-    def _replayed_output(self, n: int, batch: int):
-        self._check_batch(batch)
-        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._outputs[n])
+    # What `_catch` does with the attention of the negative pass.
 
     def _negative_attention(self, n: int, samples: Tensor, call: "_AttentionCall") -> Tensor:
         """Block n, where E takes the place of A: for the image queries of `samples`, bool (B,), that selected n."""
@@ -510,54 +519,32 @@ def _with_prediction(out, pred):
     return getattr(type(out), "_make", type(out))((pred, *out[1:]))                # a named tuple, or a plain one
 
 
-# ---------------------------------------------------------------------------- three hooks: record, replay and catch
+# -------------------------------------------------------------------------------------- hooks on unmodified blocks
 
 
 _TURN = threading.RLock()
 
 
 @contextmanager
-def _hooking() -> Iterator[ExitStack]:
-    """For the hooks of one pass.
+def _hooking(blocks: Sequence[nn.Module], where: str) -> Iterator[Callable]:
+    """One pass: after hook(n, forward, *bound) block n runs forward(n, *bound, its own forward, *args, **kwargs).
 
     Compiled models and blocks run uncompiled inside, since compiled code does not see hooks that come and go. That
     switch is one for all threads, so the passes of several threads take turns.
     """
+    hooked, ran = [], []
+
+    def hook(n: int, forward: Callable, *bound):
+        def run(*args, **kwargs):
+            ran.append(n)
+            return forward(n, *bound, *args, **kwargs)
+
+        hooked.append(n)
+        hooks.enter_context(_replaced_forward(blocks[n], run, threading.get_ident()))
+
     with _TURN, torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
-        yield hooks
-
-
-def _record(block: nn.Module, n: int, ran: list[int], keep: Callable):
-    """Inside, keep(batch size, output) gets what `block` returns. Each of the three hooks notes its runs in `ran`."""
-    def forward(original: Callable, *args, **kwargs):
-        ran.append(n)
-        output = original(*args, **kwargs)
-        keep(len(_first_input(args, kwargs)), output)
-        return output
-
-    return _replaced_forward(block, forward, threading.get_ident())
-
-
-def _replay(block: nn.Module, n: int, ran: list[int], output: Callable):
-    """Inside, `block` does not run: it returns output(batch size)."""
-    def forward(original: Callable, *args, **kwargs):
-        ran.append(n)
-        return output(len(_first_input(args, kwargs)))
-
-    return _replaced_forward(block, forward, threading.get_ident())
-
-
-def _catch(block: nn.Module, n: int, ran: list[int], handle: Callable[["_AttentionCall"], Tensor]):
-    """Inside, handle(call) computes the first self-attention of `block`."""
-    def forward(original: Callable, *args, **kwargs):
-        ran.append(n)
-        with _CatchSelfAttention(handle, len(_first_input(args, kwargs))) as mode:
-            output = original(*args, **kwargs)
-        if not mode.caught:
-            raise RuntimeError(f"candidate block {n} ({type(block).__name__}) {mode.what_was_seen(block)}")
-        return output
-
-    return _replaced_forward(block, forward, threading.get_ident())
+        yield hook
+        _check_ran(ran, hooked, where)
 
 
 @contextmanager
