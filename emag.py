@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 # --------------------------------------------------------------------------------------------------- the equations
 
@@ -214,20 +214,15 @@ class EMAG:
     # The three hooks: what runs in the place of block n's own forward, `original`.
 
     def _record(self, n: int, rows, original: Callable, /, *args, **kwargs):
-        """Block n runs, and what it returns is kept for `rows`."""
-        def kept(x):                          # a copy, since a model may add to hidden states in place between blocks
-            if not isinstance(x, Tensor):
-                return x
-            return x[rows].clone() if _is_batched(x, batch) else x.clone()
-
+        """Block n runs, and what it returns is kept for `rows`: a copy, since a model may add to it in place."""
         output, batch = original(*args, **kwargs), len(_first_input(args, kwargs))
-        self._outputs[n] = tree_map(kept, output)
+        self._outputs[n] = tree_map_only(Tensor, lambda x: (x[rows] if _is_batched(x, batch) else x).clone(), output)
         return output
 
     def _replay(self, n: int, original: Callable, /, *args, **kwargs):
         """Block n does not run: it returns once more what was kept."""
         self._check_batch(len(_first_input(args, kwargs)))
-        return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._outputs[n])
+        return tree_map_only(Tensor, torch.clone, self._outputs[n])
 
     def _catch(self, n: int, attention: Callable, rows, original: Callable, /, *args, **kwargs):
         """Block n runs, and attention(n, rows, call) computes its first self-attention."""
@@ -463,11 +458,8 @@ def _conditional(x: Tensor | list[Tensor], cond: str) -> slice:
 
 def _take(args: tuple, kwargs: dict, rows: slice, batch: int) -> tuple[tuple, dict]:
     """The inputs with every tensor and every list that is as long as the batch cut to `rows`."""
-    def per_sample(tree):
-        return isinstance(tree, list) and len(tree) == batch
-
-    return tree_map(lambda x: x[rows] if per_sample(x) or _is_batched(x, batch) else x, (args, kwargs),
-                    is_leaf=per_sample)
+    batched = partial(_is_batched, batch=batch)
+    return tree_map(lambda x: x[rows] if batched(x) else x, (args, kwargs), is_leaf=batched)
 
 
 def _check_cut(model: nn.Module, original: Callable, args: tuple, kwargs: dict, pred, rows: slice, observed: int):
@@ -587,7 +579,8 @@ def _first_input(args: tuple, kwargs: dict) -> Tensor | list[Tensor]:
 
 
 def _is_batched(x, batch: int) -> bool:
-    return isinstance(x, Tensor) and x.ndim > 0 and len(x) == batch
+    """Whether x is a tensor or a list with one entry per sample."""
+    return (isinstance(x, list) or isinstance(x, Tensor) and x.ndim > 0) and len(x) == batch
 
 
 # ------------------------------------------------------------------------------------------- one call of attention
