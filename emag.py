@@ -405,15 +405,16 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
         if not window.perturbs(step, steps):
             emag._forget_pass()                                       # to free what was kept of the clean pass
             return out
+        pred, rewrap = _unwrap(out)
         if rows != slice(None):
             args, kwargs = take(args, kwargs, rows) if take else _take(args, kwargs, rows, len(x))
             if not cut_checked:                                       # once, since it takes a pass
-                _check_cut(model, original, args, kwargs, _prediction(out), rows, len(emag.selected))
+                _check_cut(model, original, args, kwargs, pred, rows, len(emag.selected))
                 cut_checked = True
         with emag.perturb():
-            negative = _prediction(original(*args, **kwargs))
+            negative, _ = _unwrap(original(*args, **kwargs))
         emag._forget_pass()
-        return _with_prediction(out, _guided_rows(_prediction(out), negative, rows, channels, scale))
+        return rewrap(_guided_rows(pred, negative, rows, channels, scale))
 
     with ExitStack() as hooks:
         if scale != 1:
@@ -471,7 +472,7 @@ def _check_cut(model: nn.Module, original: Callable, args: tuple, kwargs: dict, 
         raise RuntimeError(f"{len(clean)} samples are conditional, and {observed} were observed: the model folds "
                            "frames or other dimensions into its batch, and guide() cannot halve it")
     try:
-        again = _prediction(original(*args, **kwargs))
+        again, _ = _unwrap(original(*args, **kwargs))
     except Exception as error:
         raise RuntimeError(f"the model fails on inputs cut to the conditional samples ({error}): {hint}") from error
     if len(again) != len(clean) or not all(_close(*parts, model) for parts in zip(again, clean, null)):
@@ -479,14 +480,17 @@ def _check_cut(model: nn.Module, original: Callable, args: tuple, kwargs: dict, 
                            f"{hint}; or dropout is on")
 
 
-def _prediction(out):
-    """What a model returned, without the tuple or output class around it: a tensor, or a list with one per sample."""
+def _unwrap(out) -> tuple[Tensor | list[Tensor], Callable]:
+    """The prediction in what a model returned, a tensor or a list with one per sample; and what wraps another like it."""
+    if isinstance(out, (Tensor, list)):
+        return out, lambda pred: pred
     if dataclasses.is_dataclass(out):
-        return getattr(out, dataclasses.fields(out)[0].name)
-    if not isinstance(out, (Tensor, list, tuple)):
-        raise RuntimeError(f"the model returns a {type(out).__name__}: guide() needs a tensor, a list, a tuple or a "
-                           "dataclass, in which the prediction comes first")
-    return out[0] if isinstance(out, tuple) else out
+        name = dataclasses.fields(out)[0].name
+        return getattr(out, name), lambda pred: dataclasses.replace(out, **{name: pred})
+    if isinstance(out, tuple):                                        # a named tuple, or a plain one
+        return out[0], lambda pred: getattr(type(out), "_make", type(out))((pred, *out[1:]))
+    raise RuntimeError(f"the model returns a {type(out).__name__}: guide() needs a tensor, a list, a tuple or a "
+                       "dataclass, in which the prediction comes first")
 
 
 def _guided_rows(pred, negative, rows: slice, channels: slice | None, scale: float):
@@ -500,15 +504,6 @@ def _guided_rows(pred, negative, rows: slice, channels: slice | None, scale: flo
         guided = pred.clone()
         guided[rows, channels] = emag_update(pred[rows, channels], negative[:, channels], scale)
     return guided
-
-
-def _with_prediction(out, pred):
-    """`out` in its own wrapping, with another prediction."""
-    if isinstance(out, (Tensor, list)):
-        return pred
-    if dataclasses.is_dataclass(out):
-        return dataclasses.replace(out, **{dataclasses.fields(out)[0].name: pred})
-    return getattr(type(out), "_make", type(out))((pred, *out[1:]))                # a named tuple, or a plain one
 
 
 # -------------------------------------------------------------------------------------- hooks on unmodified blocks
