@@ -496,13 +496,9 @@ def _unwrap(out) -> tuple[Tensor | list[Tensor], Callable]:
 def _guided_rows(pred, negative, rows: slice, channels: slice | None, scale: float):
     """`pred` with ε̃' in the place of ε: for the samples `rows`, in their prediction channels."""
     channels = slice(None) if channels is None else channels
-    if isinstance(pred, list):                                        # one tensor (C, …) per sample
-        guided = list(pred)
-        guided[rows] = [_guided_rows(p[None], q[None], slice(None), channels, scale)[0]
-                        for p, q in zip(pred[rows], negative)]
-    else:
-        guided = pred.clone()
-        guided[rows, channels] = emag_update(pred[rows, channels], negative[:, channels], scale)
+    guided = tree_map(torch.clone, pred)
+    for i, sample in zip(range(len(pred))[rows], negative, strict=True):         # each (C, …)
+        guided[i][channels] = emag_update(pred[i][channels], sample[channels], scale)
     return guided
 
 
