@@ -14,7 +14,7 @@ import dataclasses
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, wraps
 
 import torch
@@ -368,53 +368,45 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
             raise ValueError(wrong)
     emag = EMAG(blocks, layers, **emag_options)
     count = 0                                                         # calls of the model so far
-    before = None                                                     # the latents of the call before
+    before = ()                                                       # the latents of the call before
     thread = None                                                     # of this trajectory; None where a call failed
     cut_checked = False
 
     def forward(original: Callable, *args, **kwargs):
-        nonlocal thread
-        if count % (steps * calls) and thread != threading.get_ident():
-            raise RuntimeError("a call of this trajectory failed, or two threads draw inside one guide(): "
-                               "leave guide() after an error, and give each thread a model and a guide() of its own")
-        thread = None
-        out = one_call(original, *args, **kwargs)
-        thread = threading.get_ident()
-        return out
-
-    def one_call(original: Callable, *args, **kwargs):
-        nonlocal count, before, cut_checked
+        nonlocal count, before, thread, cut_checked
         step, turn = divmod(count % (steps * calls), calls)
-        count += 1
         if step == turn == 0:
             emag.reset()
-            before = None
+            before = ()
+        elif thread != threading.get_ident():
+            raise RuntimeError("a call of this trajectory failed, or two threads draw inside one guide(): "
+                               "leave guide() after an error, and give each thread a model and a guide() of its own")
+        count, thread = count + 1, None
         x = _first_input(args, kwargs)
-        again, before = before is not None and _equal(x, before), tree_map(torch.clone, x)
+        again, before = _equal(x, before), tree_map(torch.clone, x)
         if again and calls == 1:
             raise RuntimeError("the model was called twice in a row with the same latents: this pipeline calls it "
                                "twice per step. Give calls=2, and cond='first' or 'last' for the conditional call")
         if turn == 1 and not again:
             raise RuntimeError("with calls=2 the two calls of a step need the same latents, and they differ: "
                                "does this pipeline call the model once per step? Then give calls=1")
-        if not window.observes(step, steps) or (calls == 2 and turn != allowed[2].index(cond)):
-            return original(*args, **kwargs)
-        rows = slice(None) if calls == 2 else _conditional(x, cond)
-        with emag.observe(rows):
+        observed = window.observes(step, steps) and (calls == 1 or turn == allowed[2].index(cond))
+        rows = _conditional(x, cond) if observed and calls == 1 else slice(None)
+        with emag.observe(rows) if observed else nullcontext():
             out = original(*args, **kwargs)
-        if not window.perturbs(step, steps):
-            emag._forget_pass()                                       # to free what was kept of the clean pass
-            return out
-        pred, rewrap = _unwrap(out)
-        if rows != slice(None):
-            args, kwargs = take(args, kwargs, rows) if take else _take(args, kwargs, rows, len(x))
-            if not cut_checked:                                       # once, since it takes a pass
-                _check_cut(model, original, args, kwargs, pred, rows, len(emag.selected))
-                cut_checked = True
-        with emag.perturb():
-            negative, _ = _unwrap(original(*args, **kwargs))
-        emag._forget_pass()
-        return rewrap(_guided_rows(pred, negative, rows, channels, scale))
+        if observed and window.perturbs(step, steps):
+            pred, rewrap = _unwrap(out)
+            if rows != slice(None):
+                args, kwargs = take(args, kwargs, rows) if take else _take(args, kwargs, rows, len(x))
+                if not cut_checked:                                   # once, since it takes a pass
+                    _check_cut(model, original, args, kwargs, pred, rows, len(emag.selected))
+                    cut_checked = True
+            with emag.perturb():
+                negative, _ = _unwrap(original(*args, **kwargs))
+            out = rewrap(_guided_rows(pred, negative, rows, channels, scale))
+        emag._forget_pass()                                           # to free what was kept of the clean pass
+        thread = threading.get_ident()
+        return out
 
     with ExitStack() as hooks:
         if scale != 1:
@@ -481,7 +473,7 @@ def _check_cut(model: nn.Module, original: Callable, args: tuple, kwargs: dict, 
 
 
 def _unwrap(out) -> tuple[Tensor | list[Tensor], Callable]:
-    """The prediction in what a model returned, a tensor or a list with one per sample; and what wraps another like it."""
+    """The prediction in what a model returned, a tensor or a list of one per sample; and what wraps another like it."""
     if isinstance(out, (Tensor, list)):
         return out, lambda pred: pred
     if dataclasses.is_dataclass(out):
