@@ -298,7 +298,7 @@ class EMAG:
                 query[rows, heads, self.image_tokens] = blended.to(query.dtype)                   # q̃
             return dataclasses.replace(call, query=query).attend()
         chosen = call.take(rows)
-        with _no_autocast(call.value):                                # Ã·V, which is E·V for λ = 1
+        with torch.autocast(call.value.device.type, enabled=False):   # Ã·V, which is E·V for λ = 1
             out = torch.cat([chosen.mix(heads, blended) for heads, blended in self._blended(n, rows)], dim=1)
         if len(out) == len(call.query) and out.shape[2] == call.query.shape[2]:
             return out                                                # all queries are replaced
@@ -610,10 +610,10 @@ class _AttentionCall:
     def attention_map(self, heads: slice, queries: slice, dtype: torch.dtype) -> Tensor:
         """The rows of A that belong to `queries`: softmax(q·kᵀ·scale + mask), (B, heads, queries, N).
 
-        A row of which every key is masked is 0, as the fused kernels have it.
+        In `dtype` also under torch.autocast. A row of which every key is masked is 0, as the fused kernels have it.
         """
         scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
-        with _no_autocast(self.query):
+        with torch.autocast(self.query.device.type, enabled=False):
             q, k = self.query[:, heads, queries].to(dtype), self.key[:, heads].to(dtype)
             logits = (q * scale) @ k.transpose(-1, -2)
             if self.attn_mask is None:
@@ -699,11 +699,6 @@ class _CatchSelfAttention(TorchFunctionMode):
                 "flash-attn or FlexAttention to torch's kernel, in diffusers by set_attention_backend('native') or "
                 "disable_xformers_memory_efficient_attention(), in timm by fused_attn, elsewhere often by "
                 "infer_mode='torch' or attn_mode='torch'")
-
-
-def _no_autocast(like: Tensor):
-    """Maps are made in their own precision also where the model runs under torch.autocast."""
-    return torch.autocast(like.device.type, enabled=False)
 
 
 # ------------------------------------------------------------------------------ what cannot be right is an error
