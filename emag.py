@@ -311,18 +311,17 @@ class EMAG:
         if self.strength < 1 or self.variant == "image":
             clean = self._calls[n].take(rows)
         for heads, ema in zip(self._calls[n].head_chunks(), self._ema[n]):
-            ema = ema[rows]
+            blended = ema[rows]
+            if self.strength < 1:
+                blended = blend(self._averaged(clean, heads), blended, self.strength)
             if self.variant == "image":
                 # Only image → image is replaced; then each row is divided by its sum. A row of sum 0 stays as in A.
                 attn = clean.attention_map(heads, self.image_tokens, self.ema_dtype)
                 mixed = attn.clone()
-                mixed[..., self.image_tokens] = blend(attn[..., self.image_tokens], ema, self.strength)
+                mixed[..., self.image_tokens] = blended
                 total = mixed.sum(dim=-1, keepdim=True)
-                yield heads, torch.where(total > 0, mixed / total, attn)
-            elif self.strength < 1:
-                yield heads, blend(self._averaged(clean, heads), ema, self.strength)
-            else:
-                yield heads, ema
+                blended = torch.where(total > 0, mixed / total, attn)
+            yield heads, blended
 
     def _check_batch(self, batch: int):
         observed = len(self._calls[self.layers[0]].query)
