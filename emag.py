@@ -627,13 +627,10 @@ class _AttentionCall:
 
 
 class _HandMade(_AttentionCall):
-    """Attention without the fused kernel: query, key and value are what softmax gave, A itself, (B, heads, N, N)."""
+    """Attention without the fused kernel: query is what softmax gave, A itself, (B, heads, N, N); the rest is empty."""
 
     def attend(self) -> Tensor:
         return self.query
-
-    def take(self, rows) -> "_HandMade":
-        return _HandMade(*[self.query[rows]] * 3)
 
     def attention_map(self, heads: slice, queries: slice, dtype: torch.dtype) -> Tensor:
         return self.query[:, heads, queries].to(dtype)
@@ -671,7 +668,7 @@ class _CatchSelfAttention(TorchFunctionMode):
                 # (B·heads, N, N) as well as (B, heads, N, N)
                 maps = out if out.ndim == 4 or len(out) % self.batch else out.unflatten(0, (self.batch, -1))
                 self.parts = out.shape if out.ndim == 3 else None
-                return self._hand_over(_HandMade(maps, maps, maps)).reshape(out.shape)
+                return self._hand_over(_HandMade(maps, maps[..., :0], maps[..., :0])).reshape(out.shape)
         return out
 
     def _hand_over(self, call: _AttentionCall) -> Tensor:
