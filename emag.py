@@ -457,8 +457,7 @@ def _take(args: tuple, kwargs: dict, rows: slice, batch: int) -> tuple[tuple, di
 def _check_cut(model: nn.Module, original: Callable, args: tuple, kwargs: dict, pred, rows: slice, observed: int):
     """With the inputs cut to the conditional samples the model must predict for these what it predicted before."""
     hint = "an input is not batch-first, or only happens to be as long as the batch: give take="
-    half = len(pred) // 2
-    clean, null = (pred[half:], pred[:half]) if rows == slice(half, None) else (pred[:half], pred[half:])
+    clean, null = pred[rows], pred[rows.stop:rows.start]              # the conditional half, and the other one
     if observed != len(clean):
         raise RuntimeError(f"{len(clean)} samples are conditional, and {observed} were observed: the model folds "
                            "frames or other dimensions into its batch, and guide() cannot halve it")
