@@ -371,7 +371,7 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
     thread = None                                                     # of this trajectory; None where a call failed
     cut_checked = False
 
-    def forward(original: Callable, *args, **kwargs):
+    def forward(original: Callable, /, *args, **kwargs):
         nonlocal count, before, thread, cut_checked
         step, turn = divmod(count % (steps * calls), calls)
         if step == turn == 0:
@@ -505,15 +505,17 @@ def _hooking(blocks: Sequence[nn.Module], where: str) -> Iterator[Callable]:
     Compiled models and blocks run uncompiled inside, since compiled code does not see hooks that come and go. That
     switch is one for all threads, so the passes of several threads take turns.
     """
-    hooked, ran = [], []
+    hooked, ran, thread = [], [], threading.get_ident()
 
     def hook(n: int, forward: Callable, *bound):
-        def run(*args, **kwargs):
+        def run(original: Callable, /, *args, **kwargs):
+            if threading.get_ident() != thread:                       # that runs the same model meanwhile, without EMAG
+                return original(*args, **kwargs)
             ran.append(n)
-            return forward(n, *bound, *args, **kwargs)
+            return forward(n, *bound, original, *args, **kwargs)
 
         hooked.append(n)
-        hooks.enter_context(_replaced_forward(blocks[n], run, threading.get_ident()))
+        hooks.enter_context(_replaced_forward(blocks[n], run))
 
     with _TURN, torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
         yield hook
@@ -521,15 +523,10 @@ def _hooking(blocks: Sequence[nn.Module], where: str) -> Iterator[Callable]:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable, thread: int | None = None) -> Iterator[None]:
-    """Inside, `module` runs forward(its own forward, *args, **kwargs), uncompiled; afterwards it is as before.
-
-    thread: the only one for which this holds; others that run the module meanwhile get its own forward.
-    """
+def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Inside, `module` runs forward(its own forward, *args, **kwargs), uncompiled; afterwards it is as before."""
     def run(*args, **kwargs):
-        if on and thread in (None, threading.get_ident()):
-            return forward(original, *args, **kwargs)
-        return original(*args, **kwargs)
+        return forward(original, *args, **kwargs) if on else original(*args, **kwargs)
 
     # Offloading by accelerate keeps a module's own forward as `_old_forward`, and puts it back after a pipeline's run.
     place = "_old_forward" if "_old_forward" in vars(module) else "forward"
