@@ -10,6 +10,7 @@ import math
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from einops.layers.torch import Rearrange
 from torch import Tensor
 
 # name: hidden size, blocks, heads
@@ -41,6 +43,11 @@ def sincos_pos_embed(dim: int, grid: int) -> Tensor:
     return torch.cat([columns, rows], dim=-1)[None].float()
 
 
+def named(**layers: nn.Module) -> nn.Sequential:
+    """Layers that run one after the other, with the names that they have in checkpoints."""
+    return nn.Sequential(OrderedDict(layers))
+
+
 class TimestepEmbedder(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
@@ -48,24 +55,6 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         return self.mlp(timestep_features(t).to(self.mlp[0].weight.dtype))
-
-
-class LabelEmbedder(nn.Module):
-    def __init__(self, num_classes: int, dim: int):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)         # the last row is the null class ∅
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, patch_size: int, in_channels: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
 
 
 class Attention(nn.Module):
@@ -78,16 +67,6 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -103,7 +82,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(dim, 4 * dim)
+        self.mlp = named(fc1=nn.Linear(dim, 4 * dim), gelu=nn.GELU("tanh"), fc2=nn.Linear(4 * dim, dim))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -139,9 +118,10 @@ class DiT(nn.Module):
                            learn_sigma=learn_sigma)
         self.patch_size = patch_size
         self.null_class = num_classes
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.x_embedder = named(proj=nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size),
+                                tokens=Rearrange("b d h w -> b (h w) d"))
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.y_embedder = named(embedding_table=nn.Embedding(num_classes + 1, hidden_size))    # last row: ∅
         self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, input_size // patch_size), requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
@@ -209,15 +189,6 @@ class DecoderAttention(nn.Module):
         return x + rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
-class Upsampler(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class LatentDecoder(nn.Module):
     """The decoder of Stable Diffusion's autoencoder: latents (B, 4, H, W) as DiT samples them → RGB (B, 3, 8H, 8W).
 
@@ -238,8 +209,10 @@ class LatentDecoder(nn.Module):
         for level, (width_in, width) in enumerate(zip((widths[0], *widths), widths)):
             block = nn.Module()
             block.resnets = nn.ModuleList(ResnetBlock(width_in if i == 0 else width, width) for i in range(3))
-            last = level == len(widths) - 1
-            block.upsamplers = nn.ModuleList([] if last else [Upsampler(width)])
+            block.upsamplers = nn.ModuleList()
+            if level < len(widths) - 1:
+                block.upsamplers.append(named(twice=nn.Upsample(scale_factor=2.0, mode="nearest"),
+                                              conv=nn.Conv2d(width, width, 3, padding=1)))
             decoder.up_blocks.append(block)
         decoder.conv_norm_out = group_norm(widths[-1])
         decoder.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
