@@ -396,7 +396,7 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
         if observed and window.perturbs(step, steps):
             pred, rewrap = _unwrap(out)
             if rows != slice(None):
-                args, kwargs = take(args, kwargs, rows) if take else _take(args, kwargs, rows, len(x))
+                args, kwargs = (take or _take)(args, kwargs, rows)
                 if not cut_checked:                                   # once, since it takes a pass
                     _check_cut(model, original, args, kwargs, pred, rows, len(emag.selected))
                     cut_checked = True
@@ -448,9 +448,9 @@ def _conditional(x: Tensor | list[Tensor], cond: str) -> slice:
     return {"first": first, "last": last, "all": slice(None)}[cond]
 
 
-def _take(args: tuple, kwargs: dict, rows: slice, batch: int) -> tuple[tuple, dict]:
+def _take(args: tuple, kwargs: dict, rows: slice) -> tuple[tuple, dict]:
     """The inputs with every tensor and every list that is as long as the batch cut to `rows`."""
-    batched = partial(_is_batched, batch=batch)
+    batched = partial(_is_batched, batch=len(_first_input(args, kwargs)))
     return tree_map(lambda x: x[rows] if batched(x) else x, (args, kwargs), is_leaf=batched)
 
 
