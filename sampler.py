@@ -219,17 +219,14 @@ def apg(denoised: Tensor, denoised_null: Tensor, scale: float, previous: Tensor 
     d = D_c − D_∅ + m·d_prev;  D = D_c + (w−1)·(d_⊥ + η·d_∥), where d is first clipped to ‖d‖ ≤ ρ, sample by sample
 
     denoised, denoised_null: D_c, D_∅ (B, …).  previous: the d returned for the step before, 0 at the first.
-    eta, norm, momentum: η ≥ 0, ρ > 0, m in (−1, 1).  Returns D and d before clipping, in float64.
+    eta, norm, momentum: η ≥ 0, ρ > 0, m in (−1, 1).  Returns D, and d before clipping (B, C·H·W): float64.
     """
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).flatten(1).sum(dim=1).view(-1, *[1] * (a.ndim - 1))
-
-    cond = denoised.double()
-    d = cond - denoised_null.double() + momentum * previous
-    clipped = d * (norm / dot(d, d).sqrt()).clamp(max=1)
-    unit = torch.nn.functional.normalize(cond.flatten(1), dim=1).view_as(cond)
-    parallel = dot(clipped, unit) * unit
-    return cond + (scale - 1) * (clipped - parallel + eta * parallel), d
+    cond, null = denoised.double().flatten(1), denoised_null.double().flatten(1)
+    d = cond - null + momentum * previous
+    clipped = d * (norm / d.square().sum(dim=1, keepdim=True).sqrt()).clamp(max=1)
+    unit = torch.nn.functional.normalize(cond, dim=1)
+    parallel = (clipped * unit).sum(dim=1, keepdim=True) * unit
+    return (cond + (scale - 1) * (clipped - parallel + eta * parallel)).view_as(denoised), d
 
 
 class APG:
