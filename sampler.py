@@ -42,24 +42,17 @@ def alpha_bar(t: float) -> float:
     return ALPHAS_BAR[round(TRAIN_STEPS * t)].item()
 
 
-# Between a prediction and the x̂₀ it stands for, at x_t.
-def velocity_to_x0(v: Tensor, x: Tensor, t: float) -> Tensor:
-    return x - t * v
+# A prediction at x_t and the x̂₀ that it stands for: x_t = x̂₀ + t·v, or x_t = √ᾱ·x̂₀ + √(1−ᾱ)·ε.
+def coefficients(prediction: str, t: float) -> tuple[float, float]:
+    return (1.0, t) if prediction == "velocity" else (alpha_bar(t) ** 0.5, (1 - alpha_bar(t)) ** 0.5)
 
-def x0_to_velocity(x0: Tensor, x: Tensor, t: float) -> Tensor:
-    return (x - x0) / t
+def to_x0(pred: Tensor, x: Tensor, t: float, prediction: str) -> Tensor:
+    a, b = coefficients(prediction, t)
+    return (x - b * pred) / a
 
-def noise_to_x0(eps: Tensor, x: Tensor, t: float) -> Tensor:
-    a = alpha_bar(t)
-    return (x - (1 - a) ** 0.5 * eps) / a ** 0.5
-
-def x0_to_noise(x0: Tensor, x: Tensor, t: float) -> Tensor:
-    a = alpha_bar(t)
-    return (x - a ** 0.5 * x0) / (1 - a) ** 0.5
-
-
-TO_X0 = {"velocity": velocity_to_x0, "noise": noise_to_x0}
-FROM_X0 = {"velocity": x0_to_velocity, "noise": x0_to_noise}
+def from_x0(x0: Tensor, x: Tensor, t: float, prediction: str) -> Tensor:
+    a, b = coefficients(prediction, t)
+    return (x - a * x0) / b
 
 
 def flow_times(steps: int) -> list[float]:
@@ -105,7 +98,7 @@ def ddim(predict: Predict, x: Tensor, times: Sequence[float], *, eta: float = 0.
     for step, (t, t_next) in enumerate(pairwise(times)):
         a, a_next = alpha_bar(t), alpha_bar(t_next)
         eps = predict(x, t, step)
-        x0 = noise_to_x0(eps, x, t)
+        x0 = to_x0(eps, x, t, "noise")
         sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
         x = a_next ** 0.5 * x0 + max(0.0, 1 - a_next - sigma ** 2) ** 0.5 * eps
         if sigma > 0:
@@ -124,7 +117,7 @@ def ddpm(predict: Predict, x: Tensor, times: Sequence[float], *, noise: Noise = 
         a, a_next = alpha_bar(t), alpha_bar(t_next)
         beta = 1 - a / a_next                                             # of the respaced process
         eps, *learned = predict(x, t, step).split(x.shape[1], dim=1)
-        x0 = noise_to_x0(eps, x, t)
+        x0 = to_x0(eps, x, t, "noise")
         mean = (a_next ** 0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - a_next) * x) / (1 - a)     # of q(x_s | x_t, x₀)
         if t_next == 0:
             return mean
@@ -234,16 +227,16 @@ class APG:
     step has the same d_prev as the first."""
 
     def __init__(self, prediction: str, scale: float, eta: float, norm: float, momentum: float):
-        self.to_x0, self.from_x0 = TO_X0[prediction], FROM_X0[prediction]
-        self.settings = dict(scale=scale, eta=eta, norm=norm, momentum=momentum)
+        self.prediction, self.settings = prediction, dict(scale=scale, eta=eta, norm=norm, momentum=momentum)
         self.previous = self.latest = 0.0
 
     def __call__(self, pred: Tensor, pred_null: Tensor, x: Tensor, t: float, update: bool) -> Tensor:
         previous = self.latest if update else self.previous
-        x0, d = apg(self.to_x0(pred, x, t), self.to_x0(pred_null, x, t), previous=previous, **self.settings)
+        denoised, denoised_null = (to_x0(each, x, t, self.prediction) for each in (pred, pred_null))
+        x0, d = apg(denoised, denoised_null, previous=previous, **self.settings)
         if update:
             self.previous, self.latest = previous, d
-        return self.from_x0(x0, x, t)
+        return from_x0(x0, x, t, self.prediction)
 
 
 def cads(y: Tensor, t: float, noise: Noise, tau1: float, tau2: float, s: float, psi: float) -> Tensor:

@@ -40,7 +40,7 @@ from metrics import features_of
 from quality import Bench, collect_run, draw, make_emag, make_parser, make_runs, print_table, random_choice, save_scores
 from dit import fingerprint, load_dit
 from emag import EMAG, Window
-from sampler import TIMES, TO_X0, SampleNoise, alpha_bar, network, to_images, whole_file
+from sampler import TIMES, SampleNoise, alpha_bar, network, to_images, to_x0, whole_file
 
 LENGTHS = [0.6, 1.2, 2.4]         # (w_e − 1)·hardness; EMAG at w_e = 2 has about 1.2
 CHOOSE = 100                      # the seed that scales are chosen on
@@ -163,7 +163,7 @@ def path_back(net: Callable, x: Tensor, y: Tensor, times: Sequence[float], predi
     path = [x]
     for t, earlier in zip(times[:0:-1], times[-2::-1]):
         pred = net(path[0], t, y)
-        x0 = TO_X0[prediction](pred, path[0], t)
+        x0 = to_x0(pred, path[0], t, prediction)
         path.insert(0, noised(x0, pred + x0 if prediction == "velocity" else pred, earlier, prediction))
     return path
 
@@ -207,13 +207,13 @@ def measure(bench: Bench, negatives: dict[str, Negative], step: int) -> dict[str
                     with emag.observe():
                         pred = net(x_at, t, y)
         null = net(x, t, torch.full_like(y, model.null_class))
-        x0, null = (TO_X0[prediction](each, x, t) for each in (pred, null))
+        x0, null = (to_x0(each, x, t, prediction) for each in (pred, null))
         clean = classes(x0)
         for name, negative in negatives.items():
             emag = emags[negative.variant]
             emag.negative = negative
             with emag.perturb():
-                other = TO_X0[prediction](net(x, t, y), x, t)
+                other = to_x0(net(x, t, y), x, t, prediction)
             values = compare(x0, other, null)
             moved = x0 + (other - x0) / values["hardness"][:, None, None, None]
             values["same class"], values["at distance 1"] = (

@@ -15,8 +15,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dit import LatentDecoder  # noqa: E402
 from emag import Window  # noqa: E402
-from sampler import (TO_X0, Settings, Step, check_file, make_parser, need, one_line_errors, prepare,  # noqa: E402
-                     sample, save_png, to_images)
+from sampler import (Settings, Step, check_file, make_parser, need, one_line_errors, prepare, sample,  # noqa: E402
+                     save_png, to_images, to_x0)
 
 
 class Trace:
@@ -126,7 +126,7 @@ def draw(trace: Trace, prediction: str, decoder: LatentDecoder | None) -> Image.
         seen, _ = trace.perturbed[perturbed.index(step)]
         edge, block = right + column * (tile + gap), int(entries[observed.index(step)].selected[0].nonzero()[0])
         text(edge + tile / 2, top - 6, f"step {step}, t = {seen.t:.2f}\nblock {layers[block]}", "md")
-        x0 = [TO_X0[prediction](pred[:, :seen.x.shape[1]], seen.x, seen.t) for pred in (seen.clean, seen.negative)]
+        x0 = [to_x0(pred[:, :seen.x.shape[1]], seen.x, seen.t, prediction) for pred in (seen.clean, seen.negative)]
         clean, negative = to_images(torch.cat(x0), decoder)
         difference = clean.astype(int) - negative
         gain = max(1, round(127 / max(1, np.quantile(abs(difference), 0.99))))
