@@ -380,10 +380,12 @@ def sample(model: DiT, meta: dict, labels: Sequence[int], indices: Sequence[int]
     noise = SampleNoise(settings.seed, indices)
     x = noise(torch.empty(len(labels), config["in_channels"], config["input_size"], config["input_size"],
                           dtype=torch.float64, device=device))
-    null = model.y_embedder(torch.full((len(labels),), model.null_class, device=device))
-    y = null if settings.uncond else model.y_embedder(torch.tensor(labels, device=device))
+    null = torch.full((len(labels),), model.null_class, device=device)
+    y = null if settings.uncond else torch.tensor(labels, device=device)
     condition = CADS(noise, *settings.cads) if settings.cads else None
     combine = APG(meta["prediction"], settings.cfg, *settings.apg) if settings.apg else None
+    if condition:
+        y, null = model.y_embedder(y), model.y_embedder(null)
     emag = EMAG(model.blocks, settings.layers, beta=settings.beta, strength=settings.strength, variant=settings.variant,
                 threshold=settings.threshold)
     predict = guided(network(model, meta, variance=settings.sampler == "ddpm"), y, null, steps=settings.steps,
