@@ -370,10 +370,12 @@ def network(model: DiT, meta: dict, variance: bool = False) -> Callable[[Tensor,
 
 @torch.inference_mode()
 def sample(model: DiT, meta: dict, labels: Sequence[int], indices: Sequence[int], settings: Settings,
-           watch: Callable[[Step], None] | None = None) -> Tensor:
+           watch: Callable[[Step], None] | None = None, emag: EMAG | None = None,
+           combine: Callable | None = None) -> Tensor:
     """One batch, (B, C, H, W) in float64.
 
     labels: one class per sample.  indices: the samples' numbers, which with the seed give their noise.
+    watch, emag, combine: as for `guided`; another EMAG object and formula than the settings'.
     Raises FloatingPointError where the network's output is not finite, RuntimeError as EMAG does; both name the step.
     """
     device, config = model.pos_embed.device, model.config
@@ -383,11 +385,12 @@ def sample(model: DiT, meta: dict, labels: Sequence[int], indices: Sequence[int]
     null = torch.full((len(labels),), model.null_class, device=device)
     y = null if settings.uncond else torch.tensor(labels, device=device)
     condition = CADS(noise, *settings.cads) if settings.cads else None
-    combine = APG(meta["prediction"], settings.cfg, *settings.apg) if settings.apg else None
     if condition:
         y, null = model.y_embedder(y), model.y_embedder(null)
-    emag = EMAG(model.blocks, settings.layers, beta=settings.beta, strength=settings.strength, variant=settings.variant,
-                threshold=settings.threshold)
+    if settings.apg and combine is None:
+        combine = APG(meta["prediction"], settings.cfg, *settings.apg)
+    emag = emag or EMAG(model.blocks, settings.layers, beta=settings.beta, strength=settings.strength,
+                        variant=settings.variant, threshold=settings.threshold)
     predict = guided(network(model, meta, variance=settings.sampler == "ddpm"), y, null, steps=settings.steps,
                      cfg=settings.cfg, emag=emag, emag_scale=settings.emag, window=Window(*settings.window),
                      channels=settings.guide_channels, condition=condition, combine=combine, watch=watch)

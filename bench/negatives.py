@@ -37,10 +37,10 @@ from torch import Tensor, nn
 
 from metrics import features_of
 # which makes what is in the folder above importable
-from quality import Bench, collect_run, draw, make_emag, make_parser, make_runs, print_table, random_choice, save_scores
+from quality import Bench, collect_run, make_emag, make_parser, make_runs, print_table, random_choice, save_scores
 from dit import fingerprint, load_dit
 from emag import EMAG, Window
-from sampler import TIMES, SampleNoise, alpha_bar, network, to_images, to_x0, whole_file
+from sampler import TIMES, SampleNoise, alpha_bar, network, sample, to_images, to_x0, whole_file
 
 LENGTHS = [0.6, 1.2, 2.4]         # (w_e − 1)·hardness; EMAG at w_e = 2 has about 1.2
 CHOOSE = 100                      # the seed that scales are chosen on
@@ -245,7 +245,7 @@ def sample_negative(bench: Bench, name: str, negative: Negative, scale: float, s
 
     def guided_sample(labels, indices, watch):
         emag = make_emag(bench.model, settings, Instead, negative=negative, seed=seed, indices=indices)
-        return draw(bench.model, bench.meta, labels, indices, settings, emag, watch=watch)
+        return sample(bench.model, bench.meta, labels, indices, settings, watch, emag)
     return bench.sampled(f"negative {name} {scale:g}", settings, f"{name} {negative.weights}", guided_sample)
 
 
@@ -254,6 +254,8 @@ def main(argv: Sequence[str] | None = None):
     parser.add_argument("--weak", type=Path, metavar="FILE", help="an earlier checkpoint of the same training")
     args = parser.parse_args(argv)
     try:
+        if args.set.get("cads"):
+            raise ValueError("--set cads: the null condition and the weaker model need labels: leave it out")
         bench, weak = Bench(args), load_dit(args.weak)[0] if args.weak else None
         weights = fingerprint(weak) if weak else ""
         if weak and (weights == bench.weights or weak.null_class != bench.model.null_class):

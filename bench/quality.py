@@ -34,9 +34,8 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "demo", "bench")]
 from dit import fingerprint, load_dit  # noqa: E402
-from emag import EMAG, Window, cfg_update  # noqa: E402
-from sampler import (DEMO, SAMPLERS, TIMES, SampleNoise, Settings, Step, guided, network, sample,  # noqa: E402
-                     to_images, whole_file)
+from emag import EMAG, cfg_update  # noqa: E402
+from sampler import DEMO, TIMES, Settings, Step, sample, to_images, whole_file  # noqa: E402
 from metrics import (NEAREST, features_of, fit_probe, frechet_distance, gaussian, kernel, kid,  # noqa: E402
                      patch_distance, prdc, radii, within)
 from train import load_data  # noqa: E402
@@ -47,20 +46,6 @@ METRICS = ["FD", "KID", "precision", "recall", "density", "coverage", "class acc
 LOWER_IS_BETTER = ["FD", "KID", "patch"]
 
 # ------------------------------------------------------------------------------------------------ samples and features
-
-
-def draw(model, meta: dict, labels: Sequence[int], indices: Sequence[int], settings: Settings, emag: EMAG | None = None,
-         combine: Callable | None = None, watch: Callable[[Step], None] | None = None) -> Tensor:
-    """`sampler.sample` with another EMAG object, or with `combine` in the place of CFG's formula: (B, C, H, W)."""
-    noise, device, config = SampleNoise(settings.seed, indices), model.pos_embed.device, model.config
-    x = noise(torch.empty(len(labels), config["in_channels"], config["input_size"], config["input_size"],
-                          dtype=torch.float64, device=device))
-    null = torch.full((len(labels),), model.null_class, device=device)
-    predict = guided(network(model, meta), torch.tensor(labels, device=device), null, steps=settings.steps,
-                     cfg=settings.cfg, emag=emag, emag_scale=settings.emag, window=Window(*settings.window),
-                     combine=combine, watch=watch)
-    with torch.inference_mode():
-        return SAMPLERS[meta["prediction"]][settings.sampler](predict, x, TIMES[meta["prediction"]](settings.steps))
 
 
 def make_emag(model, settings: Settings, kind: type = EMAG, **more) -> EMAG:
@@ -248,10 +233,8 @@ def collect_run(bench: Bench, runs: dict[str, Run], name: str, seed: int) -> dic
     settings = dataclasses.replace(bench.base, seed=seed, **run.changes)
     if not run.omega_of:
         def guided_sample(labels, indices, watch):
-            if not run.random:
-                return sample(model, meta, labels, indices, settings, watch)
-            emag = make_emag(model, settings, RandomBlock, seed=seed, indices=indices)
-            return draw(model, meta, labels, indices, settings, emag, watch=watch)
+            emag = make_emag(model, settings, RandomBlock, seed=seed, indices=indices) if run.random else None
+            return sample(model, meta, labels, indices, settings, watch, emag)
         return bench.sampled(name, settings, "random" if run.random else "", guided_sample)
 
     omega = torch.from_numpy(collect_run(bench, runs, run.omega_of, seed)["omega"])
@@ -262,7 +245,7 @@ def collect_run(bench: Bench, runs: dict[str, Run], name: str, seed: int) -> dic
     def at_omega(labels, indices, watch):
         def combine(pred, pred_null, x, t, update):
             return cfg_update(pred, pred_null, omega[indices, times.index(t)].to(pred)[:, None, None, None])
-        return draw(model, meta, labels, indices, settings, combine=combine, watch=watch)
+        return sample(model, meta, labels, indices, dataclasses.replace(settings, emag=1.0), watch, combine=combine)
 
     found = bench.sampled(name, settings, "CFG at each ω" if run.each_step else f"CFG at {omega[0, 0]:.6f}", at_omega)
     return found | dict(omega=omega.numpy())

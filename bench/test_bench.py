@@ -20,7 +20,7 @@ import quality  # noqa: E402
 
 from dit import DiT  # noqa: E402
 from emag import EMAG, cfg_update  # noqa: E402
-from sampler import Settings, flow_times, guided, network, sample  # noqa: E402
+from sampler import SampleNoise, Settings, flow_times, guided, network, sample  # noqa: E402
 
 FLOW = dict(prediction="velocity")
 SETTINGS = Settings(sampler="euler", steps=6, cfg=2.5, emag=2.0, layers=(1, 2), beta=0.9)
@@ -162,11 +162,10 @@ def test_strength_is_how_far_the_guided_prediction_moves(model):
     assert quality.strength(dataclasses.replace(seen[0], pred_null=None), 1.0, 2.0).isnan().all()
 
 
-def test_draw_is_sample_with_room_for_another_emag_or_formula(model):
-    args = (model, FLOW, [0, 2], range(4, 6))
-    assert torch.equal(quality.draw(*args, SETTINGS, quality.make_emag(model, SETTINGS)), sample(*args, SETTINGS))
-    plain = dataclasses.replace(SETTINGS, emag=1.0)
-    by_formula = quality.draw(*args, SETTINGS, combine=lambda pred, null, x, t, update: cfg_update(pred, null, 2.5))
+def test_sample_has_room_for_another_emag_or_formula(model):
+    args, plain = (model, FLOW, [0, 2], range(4, 6)), dataclasses.replace(SETTINGS, emag=1.0)
+    assert torch.equal(sample(*args, SETTINGS, emag=quality.make_emag(model, SETTINGS)), sample(*args, SETTINGS))
+    by_formula = sample(*args, plain, combine=lambda pred, null, x, t, update: cfg_update(pred, null, 2.5))
     assert torch.equal(by_formula, sample(*args, plain))
     assert not torch.equal(by_formula, sample(*args, SETTINGS))
 
@@ -178,14 +177,14 @@ def test_random_block_draws_all_candidates_for_each_sample_alone(model):
     def make(settings, indices):
         return quality.make_emag(model, settings, quality.RandomBlock, seed=5, indices=indices)
 
-    x = quality.draw(*args, settings, make(settings, range(3)), watch=lambda step: seen.append(step.emag.selected))
+    x = sample(*args, settings, lambda step: seen.append(step.emag.selected), make(settings, range(3)))
     chosen = torch.stack(seen).double()
     assert (chosen.sum(dim=2) == 1).all() and (chosen.mean(dim=(0, 1)) - 0.5).abs().max() < 0.25
-    alone = quality.draw(model, FLOW, [1], [1], settings, make(settings, [1]))
+    alone = sample(model, FLOW, [1], [1], settings, emag=make(settings, [1]))
     assert torch.allclose(alone[0], x[1], atol=1e-4)
     single = dataclasses.replace(SETTINGS, layers=(2,))
-    assert torch.equal(quality.draw(*args, single, make(single, range(3))), sample(*args, single))
-    assert not torch.equal(quality.draw(*args, SETTINGS, make(SETTINGS, range(3))), sample(*args, SETTINGS))
+    assert torch.equal(sample(*args, single, emag=make(single, range(3))), sample(*args, single))
+    assert not torch.equal(sample(*args, SETTINGS, emag=make(SETTINGS, range(3))), sample(*args, SETTINGS))
 
 
 @pytest.fixture
@@ -306,7 +305,7 @@ def test_cfg_at_each_omega_and_at_their_mean(folder):
     assert omega.shape == (20, 6) and (omega[:, 0] - 2.5).abs().max() < 1e-6 and (omega[:, 2] - 2.5).abs().min() > 1e-3
     y, times = torch.from_numpy(bench.labels), flow_times(6)
     for name, scales in (("each", omega), ("the mean", torch.full_like(omega, omega.mean()))):
-        x = quality.SampleNoise(1, range(20))(torch.empty(20, 3, 8, 8, dtype=torch.float64))
+        x = SampleNoise(1, range(20))(torch.empty(20, 3, 8, 8, dtype=torch.float64))
         with torch.no_grad():
             for step in range(6):
                 pred, null = (net(x, times[step], each) for each in (y, torch.full_like(y, 3)))
@@ -418,7 +417,7 @@ def test_instead_keeps_emags_window_choice_and_update(model):
 
     def drawn(negative: negatives.Negative, watch=None):
         emag = quality.make_emag(model, SETTINGS, negatives.Instead, negative=negative, seed=0, indices=range(3))
-        return quality.draw(*args, SETTINGS, emag, watch=watch)
+        return sample(*args, SETTINGS, watch, emag)
 
     assert torch.equal(drawn(negatives.Negative()), sample(*args, SETTINGS))
     # The null condition as the negative: CFG at w·w_e inside the window.
@@ -427,7 +426,7 @@ def test_instead_keeps_emags_window_choice_and_update(model):
     x = drawn(null_condition, watch=lambda step: inside.append(step.negative is not None))
     scales = iter([5.0 if perturbed else 2.5 for perturbed in inside])
     combine = lambda pred, null, x, t, update: cfg_update(pred, null, next(scales))                 # noqa: E731
-    expected = quality.draw(*args, SETTINGS, combine=combine)
+    expected = sample(*args, dataclasses.replace(SETTINGS, emag=1.0), combine=combine)
     assert True in inside and False in inside and torch.allclose(x, expected, atol=1e-4)
     # The blocks: those that EMAG selects for each sample, all candidates, or one at random.
     for blocks in ("selected", "all", "random"):
@@ -499,7 +498,7 @@ def test_measured_negatives_are_those_along_the_path(folder):
     assert found["null condition"]["same class"].mean() < 1
     times, y = flow_times(6)[:4], torch.from_numpy(bench.labels[:8])
     x0 = torch.from_numpy(bench.held_out[:8]).double() / 127.5 - 1
-    path = [0.5 * x0 + 0.5 * quality.SampleNoise(0, range(8))(x0)]
+    path = [0.5 * x0 + 0.5 * SampleNoise(0, range(8))(x0)]
     with torch.no_grad():
         for t, earlier in ((times[3], times[2]), (times[2], times[1]), (times[1], times[0])):
             path.insert(0, path[0] + (earlier - t) * net(path[0], t, y))
@@ -548,6 +547,9 @@ def test_negatives_from_end_to_end(dtype, folder, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         negatives.main(flags(folder, "--weak", f"{folder}/flow.pt"))
     assert "need another checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        negatives.main(flags(folder, "--set", '{"cads": [0.6, 0.9, 0.1, 1.0]}'))
+    assert "--set cads: the null condition" in capsys.readouterr().err
 
 
 def test_figures_of_what_the_scripts_left(folder, capsys, monkeypatch):
