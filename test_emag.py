@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -1439,18 +1440,19 @@ def snippet(start: str) -> str:
 
 
 def test_the_snippet_of_the_class_is_what_guided_does():
-    """One step of the method, after two of a trajectory."""
+    """Each step of a trajectory of six. Observed are r = 3, 2, 1, and perturbed 2, 1."""
     case, model, w, w_e, null = Case("dit", 2), small_dit(depth=16), 2.5, 3.0, torch.full((2,), 3)
-    start, reset, step_of = re.fullmatch(r"(emag = .*\n)(emag.reset.*\n)((?s:.*))", snippet("emag = ")).groups()
-    predict = sampler.guided(lambda x, t, y: model(x, torch.full((len(x),), t), y), torch.tensor([0, 1]), null, steps=3,
-                             cfg=w, emag=EMAG(model.blocks, range(12, 16)), emag_scale=w_e, window=Window(1, 1, 0))
-    names = dict(vars(emag_module), model=model, rows=slice(0, 2), w=w, w_e=w_e)
+    start, reset, step_of = re.fullmatch(r"(emag, .*\n)(emag.reset.*\n)((?s:.*))", snippet("emag, ")).groups()
+    names = dict(vars(emag_module), model=model, rows=slice(0, 2), w=w, w_e=w_e, n=6, nullcontext=nullcontext)
     exec(start + reset, names)
-    for step in range(3):
+    predict = sampler.guided(lambda x, t, y: model(x, torch.full((len(x),), t), y), torch.tensor([0, 1]), null, steps=6,
+                             cfg=w, emag=EMAG(model.blocks, range(12, 16)), emag_scale=w_e, window=names["window"])
+    for step in range(6):
         x, t, y = case.inputs(step)
-        names |= dict(x=x, t=t, y=y, x2=torch.cat([x, x]), t2=torch.cat([t, t]), y2=torch.cat([y, null]))
+        names |= dict(i=step, x=x, t=t, y=y, x2=torch.cat([x, x]), t2=torch.cat([t, t]), y2=torch.cat([y, null]))
         exec(step_of, names)
         torch.testing.assert_close(names["pred"], predict(x, 900 - 100 * step, step))
+    assert len(names["emag"].trace) == 3
 
 
 def test_the_snippet_of_guide_guides_a_pipeline():
