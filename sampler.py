@@ -1,6 +1,6 @@
 """Draws samples from a diffusion transformer, guided by CFG and EMAG, and by APG and CADS with them.
 
-    python sampler.py --emag 2.0          # the demo checkpoint; w_e = 1 is plain CFG, 0 shows the negative itself
+    python sampler.py --emag 2.0          # the demo checkpoint; w_e = 1 is plain CFG, 0 takes the negative for ε
 
 Time t runs from 1 (noise) to 0 (data) everywhere. A velocity model has x_t = (1−t)·x₀ + t·ε and predicts v = ε − x₀; a
 noise model has x_t = √ᾱ(t)·x₀ + √(1−ᾱ(t))·ε and predicts ε. Integration is in float64, the network in its own dtype.
@@ -61,7 +61,7 @@ def flow_times(steps: int) -> list[float]:
 
 
 def ddpm_times(steps: int) -> list[float]:
-    """steps + 1 times: the training timesteps nearest to an even spacing of 999…0, as in DiT's sampler, and then 0."""
+    """steps + 1 times: of the training timesteps nearest to evenly spaced ones, as in DiT's sampler; then t = 0."""
     return [(round(i) + 1) / TRAIN_STEPS for i in np.linspace(TRAIN_STEPS - 1, 0, steps)] + [0.0]
 
 
@@ -168,9 +168,9 @@ def guided(net: Callable, y: Tensor, null: Tensor, *, steps: int, cfg: float = 1
 
     net(x, t, y): the network.  y, null: labels of the condition and of ∅, (B,), or embeddings (B, D). For unconditional
     EMAG y is ∅ too, and cfg is 1.  A scale of 1 costs nothing: w = 1 needs no null prediction, w_e = 1 no negative.
-    channels: how many channels, the first ones, are guided; None: as many as x has. The others are the conditional ε's.
+    channels: only the first so many channels are guided; None: as many as x has. The others are the conditional ε's.
     condition: condition(y, t, update) in the place of y (`CADS`).
-    combine: combine(ε̃', ε_∅, x, t, update) in the place of CFG's formula (`APG`).
+    combine: combine(ε̃', ε_∅, x, t, update) in the place of CFG's formula (`APG`); needs w ≠ 1, which makes ε_∅.
     """
     guiding = emag is not None and emag_scale != 1
     if guiding:
@@ -207,7 +207,7 @@ def guided(net: Callable, y: Tensor, null: Tensor, *, steps: int, cfg: float = 1
 
 def apg(denoised: Tensor, denoised_null: Tensor, scale: float, previous: Tensor | float = 0.0, eta: float = 0.0,
         norm: float = math.inf, momentum: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Adaptive projected guidance (Sadat et al., arXiv 2410.02416, alg. 1): CFG on x̂₀ less the part that saturates.
+    """Adaptive projected guidance (Sadat et al., arXiv 2410.02416, alg. 1): CFG on x̂₀ without the part that saturates.
 
     d = D_c − D_∅ + m·d_prev;  D = D_c + (w−1)·(d_⊥ + η·d_∥), where d is first clipped to ‖d‖ ≤ ρ, sample by sample
 
@@ -282,7 +282,7 @@ class Settings:
     sampler: str                                      # one of SAMPLERS
     steps: int
     cfg: float                                        # w; 1 is off
-    emag: float                                       # w_e; 1 is off, 0 is the negative itself
+    emag: float                                       # w_e; 1 is off, 0 takes the negative for ε
     layers: tuple[int, ...]                           # the candidates 𝓛, counted from 0
     beta: float = 0.988                               # β
     strength: float = 1.0                             # λ
@@ -310,7 +310,7 @@ class Settings:
             """Each field holds one value, or a tuple of `count` values (0: any number), for which good(…) is true."""
             for name in names:
                 value = getattr(self, name)
-                if isinstance(value, (list, range)):                      # as JSON and argparse have them
+                if isinstance(value, (list, range)):                      # from JSON, argparse and `prepare`
                     object.__setattr__(self, name, value := tuple(value))
                 values = value if isinstance(value, tuple) else (value,)
                 optional = getattr(Settings, name, 0) is None
@@ -339,7 +339,7 @@ class Settings:
         need(self.eta == 0 or self.sampler == "ddim", f"--eta {self.eta:g}: {self.sampler} has none: leave it out")
 
 
-# For checkpoints without settings of their own: DiT-XL/2's, or for a velocity SD3's steps, scale and window. The
+# For checkpoints without settings of their own: DiT-XL/2's, or for a velocity SD3's steps, w_e and window. The
 # candidates have DiT-XL/2's relative depth, 12–15 of 28 blocks.
 PUBLISHED = {"noise": dict(sampler="ddpm", steps=250, cfg=1.5, emag=3.0, window=(0.6, 0.4, 0.2)),
              "velocity": dict(sampler="euler", steps=28, cfg=1.5, emag=1.5)}
@@ -348,7 +348,7 @@ PUBLISHED = {"noise": dict(sampler="ddpm", steps=250, cfg=1.5, emag=3.0, window=
 # ----------------------------------------------------------------------------------------------------------- sampling
 
 def network(model: DiT, meta: dict, variance: bool = False) -> Callable[[Tensor, float, Tensor], Tensor]:
-    """The model as a function of (x, t, y) in this file's time and sign; no other place knows a checkpoint's own.
+    """The model as a function of (x, t, y) in this file's time and sign. Only this function knows the checkpoint's.
 
     variance: keep the channels of the output beyond the prediction, which `ddpm` reads.  Raises FloatingPointError.
     """
@@ -375,7 +375,7 @@ def sample(model: DiT, meta: dict, labels: Sequence[int], indices: Sequence[int]
     """One batch, (B, C, H, W) in float64.
 
     labels: one class per sample.  indices: the samples' numbers, which with the seed give their noise.
-    watch, emag, combine: as for `guided`; another EMAG object and formula than the settings'.
+    watch, emag, combine: as for `guided`; the last two replace what the settings say.
     Raises FloatingPointError where the network's output is not finite, RuntimeError as EMAG does; both name the step.
     """
     device, config = model.pos_embed.device, model.config
@@ -399,7 +399,7 @@ def sample(model: DiT, meta: dict, labels: Sequence[int], indices: Sequence[int]
         try:
             return predict(x, t, step, update)
         except (FloatingPointError, RuntimeError) as error:               # RuntimeError: EMAG's, or out of memory
-            raise type(error)(f"step {step + 1} of {settings.steps}: {error}") from None
+            raise type(error)(f"step {step + 1} of {settings.steps}: {error}") from error
 
     extra = {"ddim": dict(eta=settings.eta, noise=noise), "ddpm": dict(noise=noise)}.get(settings.sampler, {})
     sampler, times = SAMPLERS[meta["prediction"]][settings.sampler], TIMES[meta["prediction"]](settings.steps)
@@ -483,10 +483,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--vae", type=Path, help="the decoder of a latent checkpoint: sd-vae-ft-ema or -mse, a folder or a file")
     add("--heads", type=int, help="attention heads, where a checkpoint is none of DiT-S, B, L, XL")
     add("--flow", choices=["rf", "sit"], help="the checkpoint predicts a velocity: rectified flow's, or SiT's")
-    add("--emag", type=float, metavar="W_E", help="EMAG scale w_e: 1 is off, 0 shows the negative itself")
+    add("--emag", type=float, metavar="W_E", help="EMAG scale w_e: 1 is off, 0 takes the negative for the prediction")
     add("--cfg", type=float, metavar="W", help="CFG scale w: 1 is off")
     add("--guide-channels", type=int, metavar="N", help="guide the first N channels alone (official DiT code: 3)")
-    add("--uncond", action="store_true", help="unconditional: maps and negative from the null condition, no CFG")
+    add("--uncond", action="store_true", help="from the null condition alone, no CFG (published w_e for DiT: 7)")
     add("--sampler", choices=[name for group in SAMPLERS.values() for name in group])
     add("--steps", type=int, metavar="N")
     add("--eta", type=float, help="ddim's noise: 0 none, 1 as ddpm (default 0)")

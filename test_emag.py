@@ -1,6 +1,5 @@
 """Page one is the method once more, slowly, for two models written out by hand. The rest tests emag.py and sampler.py,
-in their order, and then what the README says. Of other tests, those of dit.py stand in demo/, those of the command line
-under wrong input in bench/.
+in their order, and then what the README says. dit.py is tested in demo/, wrong input of the command line in bench/.
 
 Tests that compare with diffusers are skipped where it is not installed.
 """
@@ -55,7 +54,7 @@ def softmax_map(q: Tensor, k: Tensor) -> Tensor:
 class SlowEMAG:
     """The method for any forward by_hand(*inputs, attend), where attend(n, q, k) gives the attention map of block n.
 
-    The paper's equations, one sample at a time where samples part; nothing is shared with emag.py.
+    The paper's equations, one sample at a time where each chooses its blocks; nothing is shared with emag.py.
     """
 
     def __init__(self, by_hand: Callable, layers=(1, 2, 3), beta=0.988, strength=1.0, threshold=None, variant="map",
@@ -67,7 +66,7 @@ class SlowEMAG:
         self.maps, self.seen = {}, {}
         pred = self.by_hand(*inputs, attend=self.watch)
         for n, seen in self.seen.items():
-            self.ema[n] = self.beta * self.ema.get(n, seen) + (1 - self.beta) * seen
+            self.ema[n] = self.beta * self.ema[n] + (1 - self.beta) * seen if n in self.ema else seen
         self.deviation, self.selected = [], []
         for b in range(len(pred)):
             dev = [(self.ema[n][b] - self.seen[n][b]).abs().mean().item() for n in self.layers]
@@ -75,7 +74,7 @@ class SlowEMAG:
             std = math.sqrt(sum((d - mean) ** 2 for d in dev) / len(dev))
             z = [0.0 if std < 1e-15 else (d - mean) / std for d in dev]
             self.deviation.append(dev)
-            self.selected.append([i == z.index(max(z)) or (self.threshold is not None and z[i] >= self.threshold)
+            self.selected.append([i == dev.index(max(dev)) or (self.threshold is not None and z[i] >= self.threshold)
                                   for i in range(len(dev))])
         return pred
 
@@ -236,7 +235,8 @@ OPTIONS = [{}, dict(strength=0.4), dict(strength=0.0), dict(threshold=0.0), dict
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", ["dit", "wild"])
 def test_emag_is_slow_emag(name, options, monkeypatch):
-    """Clean passes, E, Δ, selection and negatives, over three trajectories, for some rows, with and without reuse."""
+    """Clean passes, E, Δ, selection and negatives, over three trajectories: for some rows, with and without reuse, with
+    maps of three, one and all heads at a time."""
     case = Case(name, batch=4)
     emag, apart = case.emag(beta=0.8, **options), set()
     for rows, reuse, chunk in zip(ROWS, (True, False, True), (3100, 1, 2**22)):
@@ -423,6 +423,15 @@ def test_wrong_use_is_one_clear_line(case):
     refused("exactly: the model saw the same latents", emag.observe(), one)
 
 
+def test_dropout_is_refused_unless_it_is_off(case):
+    case.blocks[4].drop, emag = nn.Dropout(0.1), case.emag()                 # behind the candidates
+    case.model.train()
+    with pytest.raises(RuntimeError, match=r"block 4 has dropout on.* model.eval\(\)"), emag.observe():
+        case.model(*case.inputs(0))
+    case.blocks[4].drop.eval()                                               # training mode alone changes nothing
+    assert len(trajectory(case, emag)) == 4
+
+
 def test_passes_of_two_threads_take_turns(case):
     """On one model, each with an average of its own; compiled code is allowed again afterwards."""
     before, expected, emag, found = state(case.model), trajectory(case, case.emag()), case.emag(), []
@@ -578,6 +587,7 @@ def test_guide_with_lists(wrap, images):
 def test_guide_with_an_input_that_is_one_for_all_samples():
     """(6,), by chance as long as the batch: it would be cut like the samples."""
     case, moved, shift = Case("dit"), Case("dit"), torch.arange(6.0)
+    case.model.eight_bits = nn.Parameter(torch.ones(1).to(torch.float8_e4m3fn), requires_grad=False)
     forward = case.model.forward
     case.model.forward = mine = lambda x, t, y, shift: forward(x + shift.mean(), t, y)
     moved.inputs = lambda step: (case.inputs(step)[0] + 2.5, *case.inputs(step)[1:])
@@ -823,6 +833,7 @@ def test_the_first_self_attention_of_a_block_is_meant():
 TEXT = seeded(3, 4, 2, 5, seed=9)
 CANNOT = {                                                  # what a candidate block does, and what is said about it
     "causal": (lambda q, k, v, mask: SDPA(q, k, v, is_causal=True), "attends causally"),
+    "dropout": (lambda q, k, v, mask: SDPA(q, k, v, dropout_p=0.1), "attends with dropout"),
     "no heads": (lambda q, k, v, mask: SDPA(q[:, 0], k[:, 0], v[:, 0]), r"need \(batch, heads, tokens, channels\)"),
     "none": (lambda q, k, v, mask: v, r"candidate block 0 \(Attends\) made no self-attention .*set_attention_backend"),
     "fewer queries": (lambda q, k, v, mask: SDPA(q[:, :, :4], k, v), "attends with 4 queries to 6 keys"),
