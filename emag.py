@@ -129,7 +129,8 @@ class EMAG:
     reuse: the negative pass does not run the blocks before the first selected one (see `perturb`). Give False where
         blocks do more than return their output: where they write to their inputs, or talk to other processes.
     ema_dtype: dtype of the maps and of their average. float16 halves the memory; in it E stays as it is where A differs
-        by less than about 3% (at β = 0.988). bfloat16 is refused: its 8 bits mostly round (1−β)·(A−E) away.
+        by less than about 3% (at β = 0.988), or by more in entries below 6·10⁻⁵. bfloat16 is refused: its 8 bits mostly
+        round (1−β)·(A−E) away.
 
     Raises ValueError for an argument out of range, RuntimeError where the model or the order of calls cannot work.
     """
@@ -468,10 +469,10 @@ def _take(args: tuple, kwargs: dict, rows: slice) -> tuple[tuple, dict]:
 def _check_cut(model: nn.Module, original: Callable, args: tuple, kwargs: dict, pred, rows: slice, observed: int):
     """Cutting the inputs to the conditional samples must not change what the model predicts for these."""
     hint = "an input is not batch-first, or only happens to be as long as the batch: give take="
+    if len(pred) != 2 * observed:
+        raise RuntimeError(f"{observed} samples were observed, and the prediction holds {len(pred)}, not {2 * observed}: "
+                           "the model folds frames or other dimensions into its batch, and guide() cannot halve it")
     clean, null = pred[rows], pred[rows.stop:rows.start]              # the conditional half, and the other one
-    if observed != len(clean):
-        raise RuntimeError(f"{len(clean)} samples are conditional, and {observed} were observed: the model folds "
-                           "frames or other dimensions into its batch, and guide() cannot halve it")
     try:
         again, _ = _unwrap(original(*args, **kwargs))
     except Exception as error:
@@ -484,23 +485,28 @@ def _check_cut(model: nn.Module, original: Callable, args: tuple, kwargs: dict, 
 def _unwrap(out) -> tuple[Tensor | list[Tensor], Callable]:
     """The prediction in a model's output, a tensor or a list with one per sample; and a function that puts another one
     in its place."""
-    if isinstance(out, (Tensor, list)):
-        return out, lambda pred: pred
+    pred, rewrap = out, lambda pred: pred
     if dataclasses.is_dataclass(out):
         name = dataclasses.fields(out)[0].name
-        return getattr(out, name), lambda pred: dataclasses.replace(out, **{name: pred})
-    if isinstance(out, tuple):                                        # a named tuple, or a plain one
-        return out[0], lambda pred: getattr(type(out), "_make", type(out))((pred, *out[1:]))
-    raise RuntimeError(f"the model returns a {type(out).__name__}: guide() needs a tensor, a list, a tuple or a "
-                       "dataclass, in which the prediction comes first")
+        pred, rewrap = getattr(out, name), lambda pred: dataclasses.replace(out, **{name: pred})
+    elif isinstance(out, tuple) and out:                              # a named tuple, or a plain one
+        pred, rewrap = out[0], lambda pred: getattr(type(out), "_make", type(out))((pred, *out[1:]))
+    if not isinstance(pred, (Tensor, list)):
+        raise RuntimeError(f"the model returns a {type(out).__name__}: guide() needs a tensor, a list of tensors, or a "
+                           "tuple or dataclass in which one of these comes first, the prediction")
+    return pred, rewrap
 
 
 def _guided_rows(pred, negative, rows: slice, channels: slice | None, scale: float):
     """`pred` with ε̃' in the place of ε: for the samples `rows`, in their prediction channels."""
     channels = slice(None) if channels is None else channels
-    guided = tree_map(torch.clone, pred)
-    for i, sample in zip(range(len(pred))[rows], negative, strict=True):         # each (C, …)
-        guided[i][channels] = emag_update(pred[i][channels], sample[channels], scale)
+    if isinstance(pred, list):                                        # one tensor (C, …) per sample
+        guided = list(pred)
+        guided[rows] = [_guided_rows(p[None], q[None], slice(None), channels, scale)[0]
+                        for p, q in zip(pred[rows], negative)]
+    else:
+        guided = pred.clone()
+        guided[rows, channels] = emag_update(pred[rows, channels], negative[:, channels], scale)
     return guided
 
 
@@ -636,6 +642,7 @@ class _AttentionCall:
 
 class _HandMade(_AttentionCall):
     """Attention without the fused kernel: query is what softmax gave, A itself, (B, heads, N, N); the rest is empty."""
+    shape = property(lambda self: (tuple(self.query.shape),) * 2)
 
     def attend(self) -> Tensor:
         return self.query

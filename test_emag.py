@@ -679,8 +679,13 @@ def test_guide_refuses_calls_that_are_not_as_described(case):
         refused(f"called {count} times inside guide", doubled[:count])
     assert refused("both halves of the batch hold the same latents", doubled, cond="all") == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(case.model, "forward", lambda *args, original=case.model.forward: {"sample": original(*args)})
-        refused("returns a dict: guide", doubled)
+        forward = case.model.forward
+        for wrap, message in ((lambda out: {"sample": out}, "returns a dict: guide"),
+                              (lambda out: ((out,),), "returns a tuple"),
+                              (lambda out: [out], "observed, and the prediction holds 1, not [26]")):
+            patch.setattr(case.model, "forward", lambda *args, wrap=wrap: wrap(forward(*args)))
+            refused(message, doubled)
+            refused(message, [halves(Case(case.name, 1), step) for step in range(3)], cond="first")
     for case.batch in (1, 2, 3):
         single = [case.inputs(step) for step in range(4)]
         two = [case.inputs(step, null) for step in range(4) for null in (False, True)]

@@ -254,9 +254,9 @@ def main(argv: Sequence[str] | None = None):
     parser.add_argument("--weak", type=Path, metavar="FILE", help="an earlier checkpoint of the same training")
     args = parser.parse_args(argv)
     try:
-        if args.set.get("cads"):
-            raise ValueError("--set cads: the null condition and the weaker model need labels: leave it out")
         bench, weak = Bench(args), load_dit(args.weak)[0] if args.weak else None
+        if bench.base.cads or bench.base.uncond:
+            raise ValueError("cads and uncond: the negatives need labels beside the null condition: leave them out")
         weights = fingerprint(weak) if weak else ""
         if weak and (weights == bench.weights or weak.null_class != bench.model.null_class):
             raise ValueError(f"--weak {args.weak}: need another checkpoint, with the same classes")

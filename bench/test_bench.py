@@ -549,7 +549,7 @@ def test_negatives_from_end_to_end(dtype, folder, capsys, monkeypatch):
     assert "need another checkpoint" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         negatives.main(flags(folder, "--set", '{"cads": [0.6, 0.9, 0.1, 1.0]}'))
-    assert "--set cads: the null condition" in capsys.readouterr().err
+    assert "cads and uncond: the negatives need labels" in capsys.readouterr().err
 
 
 def test_figures_of_what_the_scripts_left(folder, capsys, monkeypatch):
