@@ -882,6 +882,15 @@ def test_other_keys_in_the_negative_pass_are_refused():
         block(attend_inputs(0), torch.ones(1))
 
 
+def test_a_block_whose_attention_stays_as_it_is_may_be_a_candidate():
+    blocks = [Attends(CALLS["positional"][0]) for _ in range(2)]
+    emag = EMAG(blocks, [0, 1])
+    for step in range(2):
+        with emag.observe():
+            blocks[0](attend_inputs(0)), blocks[1](attend_inputs(step))
+    assert emag.selected.tolist() == [[False, True]] * 3
+
+
 TEXT = seeded(3, 4, 2, 5, seed=9)
 CANNOT = {                                                  # what a candidate block does, and what is said about it
     "causal": (lambda q, k, v, mask: SDPA(q, k, v, is_causal=True), "attends causally"),
@@ -1442,6 +1451,15 @@ def test_the_grid_and_its_settings(files, tmp_path, capsys):
 def test_numbers_by_name_and_by_range():
     names = ["cat", "cat-face", "2"]
     assert sampler.parse_numbers("--classes", ["cat-face", "cat-2", 1], 3, names) == [1, 0, 1, 2, 1]
+
+
+@pytest.mark.parametrize("size, side", [(32, 96), (120, 120)])
+def test_the_grid_has_each_image_in_its_place(size, side):
+    table = [[np.full((size, size, 3), 60 * r + 20 * c, np.uint8) for c in range(3)] for r in range(2)]
+    grid = np.asarray(sampler.draw_grid(table, ["one", "two"]))[4:, :, 0]
+    tiles = grid[:, grid.shape[1] - 3 * (side + 4):].reshape(2, side + 4, 3, side + 4).swapaxes(1, 2)
+    assert (tiles[:, :, :side, :side] == np.array(table)[:, :, :1, :1, 0]).all()
+    assert (tiles[:, :, side:] == 255).all() and (tiles[:, :, :, side:] == 255).all()
 
 
 def test_pixels_are_rounded_and_clamped():

@@ -146,7 +146,13 @@ def test_the_demo_checkpoints_say_what_they_are(file, prediction):
     assert meta["prediction"] == prediction and len(meta["class_names"]) == 88
     assert {"sampler", "steps", "cfg", "emag", "layers", "window"} <= meta["settings"].keys()
     assert set(meta["settings"]["classes"]) < set(meta["class_names"])
-    assert not model.training and model.null_class == 88
+    assert not model.training and model.null_class == 88 and model.pos_embed.dtype == torch.float32
+
+
+def test_a_new_network_gives_zero_and_its_blocks_are_the_identity():
+    model, x = DiT(**CONFIG), torch.randn(2, 4, 32)
+    assert torch.equal(model.blocks[0](x, torch.randn(2, 32)), x)
+    assert torch.equal(model(torch.randn(2, 3, 8, 8), torch.ones(2), torch.tensor([0, 3])), torch.zeros(2, 3, 8, 8))
 
 
 # ------------------------------------------------------------------------------------------------ files that are bad
@@ -363,8 +369,9 @@ def test_a_name_of_two_lines_makes_one():
 
 
 def test_a_decoder_of_other_latents(tmp_path):
-    vae()(tmp_path / "vae.bin")
-    assert load_decoder(tmp_path / "vae.bin", channels=4).post_quant_conv.in_channels == 4
+    vae({name: tensor.half() for name, tensor in VAE.items()})(tmp_path / "vae.bin")
+    decoder = load_decoder(tmp_path / "vae.bin", channels=4)
+    assert decoder.post_quant_conv.in_channels == 4 and decoder.decoder.conv_in.weight.dtype == torch.float32
     with pytest.raises(ValueError, match="vae.bin: decodes latents of 4 channels, and the DiT samples 3"):
         load_decoder(tmp_path / "vae.bin", channels=3)
 
@@ -386,4 +393,8 @@ def test_the_fingerprint_stands_for_the_weights(tmp_path):
               print_of({BIAS: weight, "blocks.0.mlp.fc2.bias": weight}), print_of({"blocks.0.mlp.fc2.bias": weight})]
     assert re.fullmatch("[0-9a-f]{12}", whole) and len(set(prints)) == len(prints) and print_of() == whole
     model = load_dit(tmp_path / "own.pt")[0]
+    layer = torch.nn.Linear(2, 3, bias=False)
+    prints = [fingerprint(torch.nn.ModuleDict({name: layer})) for name in "ab"]
+    layer.weight.data = layer.weight.view(2, 3)
+    assert len({*prints, fingerprint(torch.nn.ModuleDict({"a": layer}))}) == 3
     assert fingerprint(model.to(torch.bfloat16)) != whole and fingerprint(LatentDecoder((32,) * 4)) != whole
