@@ -487,7 +487,7 @@ def peak(run: Callable, *inputs: Tensor) -> int:
 
 
 def memory(grid: int, heads: int, layers, **options) -> list[int]:
-    """Peak bytes above the plain model for two samples of grid² tokens, in the first observed step and in the second."""
+    """Peak bytes above the plain model for two samples of grid² tokens, in the first observed step and in the next."""
     model = randomised(DiT(input_size=grid, patch_size=1, in_channels=1, hidden_size=32, depth=3, num_heads=heads,
                            num_classes=1, learn_sigma=False)).float()
     emag, extra = EMAG(model.blocks, layers, **options), []

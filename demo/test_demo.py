@@ -1,5 +1,5 @@
-"""The command line: every flag acts, and the pictures of sampler.py, demo/compare.py and demo/trace.py show what the runs
-gave. What wrong input does is in bench/test_faults.py."""
+"""The command line: every flag acts, and the pictures of sampler.py, compare.py and trace.py show what the runs gave.
+What wrong input does is in bench/test_faults.py."""
 import json
 import sys
 from pathlib import Path
