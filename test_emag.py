@@ -583,6 +583,7 @@ def test_guide_with_lists(wrap, images):
         x, t, y = halves(case, step, "first")
         out = case.model([], list(x), t, y=list(y))
         assert getattr(out, "more", out[1] if type(out) is tuple else "more") == "more"
+        assert type(out) is type(wrap([], "more"))
         return out if type(out) is list else getattr(out, "sample", None) or out[0]
 
     case.model.forward = of_lists
@@ -717,6 +718,8 @@ def test_guide_refuses_calls_that_are_not_as_described(case):
             patch.setattr(case.model, "forward", lambda *args, wrap=wrap: wrap(forward(*args)))
             refused(message, doubled)
             refused(message, [halves(Case(case.name, 1), step) for step in range(3)], cond="first")
+        patch.setattr(case.model, "forward", lambda *args: forward(*args)[:None if len(args[0]) == 6 else 1])
+        refused("predicts something else", doubled)                              # one sample instead of three
     for case.batch in (1, 2, 3):
         single = [case.inputs(step) for step in range(4)]
         two = [case.inputs(step, null) for step in range(4) for null in (False, True)]
