@@ -165,8 +165,10 @@ def test_strength_is_how_far_the_guided_prediction_moves(model):
 def test_sample_has_room_for_another_emag_or_formula(model):
     args, plain = (model, FLOW, [0, 2], range(4, 6)), dataclasses.replace(SETTINGS, emag=1.0)
     assert torch.equal(sample(*args, SETTINGS, emag=quality.make_emag(model, SETTINGS)), sample(*args, SETTINGS))
-    by_formula = sample(*args, plain, combine=lambda pred, null, x, t, update: cfg_update(pred, null, 2.5))
+    formula = lambda pred, null, x, t, update: cfg_update(pred, null, 2.5)                          # noqa: E731
+    by_formula = sample(*args, plain, combine=formula)
     assert torch.equal(by_formula, sample(*args, plain))
+    assert torch.equal(by_formula, sample(*args, dataclasses.replace(plain, apg=(0.0, 5.0, -0.5)), combine=formula))
     assert not torch.equal(by_formula, sample(*args, SETTINGS))
 
 
