@@ -780,7 +780,7 @@ def _close(new: Tensor, old: Tensor, other: Tensor | None, module: nn.Module) ->
     dtypes = {old.dtype, *(p.dtype for p in module.parameters())}
     if torch.is_autocast_enabled(old.device.type):
         dtypes.add(torch.get_autocast_dtype(old.device.type))
-    # Weights of 8 bits and fewer are the same in both passes: they are computed with in bfloat16 at the coarsest.
+    # Weights of 8 bits are the same in both passes; what is computed with them has at least bfloat16's precision.
     eps = max(min(torch.finfo(dtype).eps, 2**-7) if dtype.is_floating_point else 2**-7 for dtype in dtypes)
     allowed = max(1e-3, 8 * eps)
     size = old.float().norm()
