@@ -42,7 +42,7 @@ def check_folder(folder: Path):
         need(not os.path.lexists(folder), f"--out {folder}: is no folder: need one, or a new name")
         return check_file("--out", folder, folder.suffix)
     check_file("--out", folder / "000000.png", ".png")
-    for file in folder.iterdir():
+    for file in sorted(folder.iterdir()):
         need(file.is_file() or file.suffix != ".png", f"--out {file}: is no regular file: need another folder")
     remove_leftovers(folder)
 

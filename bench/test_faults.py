@@ -268,7 +268,7 @@ many --num 2 --out missing/new                 | missing/new: cannot be written 
 many --num 2 --out «'x' * 300»                 | xxx: cannot be written (File name too long)
 many --num 2 --out «chr(0xdcff)»               | cannot be written (surrogates not allowed)
 many --num 2 --out /proc                       | cannot be written (
-many --num 2 --out .                           | --out fifo.png: is no regular file: need another folder
+many --num 2 --out .                           | --out dir.png: is no regular file: need another folder
 many --num 2 --out files                       | --out files: holds files and no settings.json: need an empty folder, or a new name
 many --num 2 --out null                        | null/settings.json: holds no settings: need the file that a run wrote, or another folder
 many --num 2 --out half                        | half/settings.json: holds no settings: need
