@@ -10,6 +10,7 @@ import math
 import pickle
 import re
 import warnings
+import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,21 +108,23 @@ class DiT(nn.Module):
     """The network: x (B, C, H, W), t (B,) and a condition y → (B, C_out, H, W).
 
     input_size: H = W of x, in pixels of the latent or of the RGB image.  learn_sigma: C_out = 2C, and the second C
-    channels are for the variance; else C_out = C.
+    channels are for the variance; else C_out = C.  class_dropout: the last row of the labels is ∅,
+    number `null_class`; without, that is None.
     """
 
     def __init__(self, *, input_size: int = 32, patch_size: int = 2, in_channels: int = 4, hidden_size: int = 1152,
-                 depth: int = 28, num_heads: int = 16, num_classes: int = 1000, learn_sigma: bool = True):
+                 depth: int = 28, num_heads: int = 16, num_classes: int = 1000, learn_sigma: bool = True,
+                 class_dropout: bool = True):
         super().__init__()
         self.config = dict(input_size=input_size, patch_size=patch_size, in_channels=in_channels,
                            hidden_size=hidden_size, depth=depth, num_heads=num_heads, num_classes=num_classes,
-                           learn_sigma=learn_sigma)
+                           learn_sigma=learn_sigma, class_dropout=class_dropout)
         self.patch_size = patch_size
-        self.null_class = num_classes
+        self.null_class = num_classes if class_dropout else None
         self.x_embedder = named(proj=nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size),
                                 tokens=Rearrange("b d h w -> b (h w) d"))
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = named(embedding_table=nn.Embedding(num_classes + 1, hidden_size))    # last row: ∅
+        self.y_embedder = named(embedding_table=nn.Embedding(num_classes + class_dropout, hidden_size))
         self.pos_embed = nn.Parameter(sincos_pos_embed(hidden_size, input_size // patch_size), requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
@@ -230,104 +233,8 @@ class LatentDecoder(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                      "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-                      "BOOL": torch.bool}
-
-
-@contextmanager
-def refusing(path: str | Path):
-    """Every error inside becomes a ValueError of one line that begins with the file's name, and torch does not warn. A
-    plain ValueError raised inside says what is wrong with the content; it need not name the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except Exception as error:                      # a damaged archive, pickle or JSON text raises errors of many kinds
-        message = {ValueError: str(error), KeyError: f"{error} is missing",
-                   pickle.UnpicklingError: "no checkpoint, or one whose loading could run code: refused unread",
-                   }.get(type(error), f"cannot be read, perhaps truncated ({type(error).__name__}: {error})")
-        raise ValueError(" ".join(f"{path}: {message[:400]}".splitlines())) from None
-
-
-def need_dict(value, what: str) -> dict:
-    if not isinstance(value, dict):
-        raise ValueError(f"{what} holds a {type(value).__name__}: need a dict")
-    return value
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The file holds the length of its header in 8 bytes, little-endian, then the header, which is JSON, then the bytes
-    of the tensors. They are mapped into memory, not copied."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > size - 8:
-            raise ValueError("truncated, or not a safetensors file")
-        header = need_dict(json.loads(file.read(length)), "its header")
-    data = np.memmap(path, np.uint8, mode="c")[8 + length:]
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        match entry:
-            case {"dtype": str(kind), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if (
-                    kind in SAFETENSORS_DTYPES and all(type(n) is int and n >= 0 for n in shape) and start >= 0
-                    and stop - start == math.prod(shape) * SAFETENSORS_DTYPES[kind].itemsize):
-                if stop > len(data):
-                    raise ValueError(f"truncated: {name} ends beyond the end of the file")
-                tensors[name] = torch.from_numpy(data[start:stop]).view(SAFETENSORS_DTYPES[kind]).reshape(shape)
-            case _:
-                raise ValueError(f"its header has {entry!s:.120} for {name}: need one of the dtypes "
-                                 f"{' '.join(SAFETENSORS_DTYPES)}, and a shape that fills the data_offsets")
-    places = sorted(entry["data_offsets"] for entry in header.values())
-    if any(stop > start for (_, stop), (start, _) in zip(places, places[1:])):
-        raise ValueError("its header has tensors that overlap: each needs bytes of its own")
-    return tensors
-
-
-def read_config(folder: Path) -> dict:
-    with refusing(folder / "config.json"):
-        return need_dict(json.loads((folder / "config.json").read_bytes()), "the file")
-
-
-def read_checkpoint(path: str | Path) -> tuple[dict, dict]:
-    """Returns (content, config). Of a file: what it holds, and {}. Of the folder of a diffusers model: what the file of
-    weights in it holds, and its config.json.
-
-    Only tensors, plain values and argparse.Namespace are unpickled. Raises ValueError where the file cannot be read.
-    """
-    path, config = Path(path), {}
-    with refusing(path):
-        if path.is_dir():
-            if not (path / "config.json").is_file():
-                raise ValueError("a folder without config.json: need a file, or a diffusers model's folder")
-            files = [file for pattern in ("*.safetensors", "*.bin") for file in sorted(path.glob(pattern))]
-            if not files:
-                raise ValueError("no .safetensors or .bin file in this folder")
-            path, config = files[0], read_config(path)
-        if not path.is_file():
-            raise ValueError("no such checkpoint file")
-    with refusing(path):
-        if path.suffix == ".safetensors":
-            return read_safetensors(path), config
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        return need_dict(content, "the file"), config
-
-
-def describe(names) -> str:
-    """What a checkpoint with these names seems to be, for an error message."""
-    names = set(names)
-    for sign, kind in (("decoder.conv_in.weight", "an autoencoder (VAE): pass it as --vae"),
-                       ("first_stage_model.decoder.conv_in.weight", "a Stable Diffusion checkpoint"),
-                       ("conv_in.weight", "a U-Net"), ("context_embedder.weight", "an SD3 or Flux transformer"),
-                       ("adaln_single.linear.weight", "a PixArt transformer"), ("optimizer", "training state"),
-                       ("opt", "a training checkpoint without ema")):
-        if sign in names:
-            return f"this looks like {kind}"
-    return f"it holds {', '.join(sorted(map(str, names))[:3]) or 'nothing'}"
-
-
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CONTROL = r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"               # line breaks, and what a terminal may obey
 DIFFUSERS_NAMES = {"pos_embed.proj": "x_embedder.proj", "transformer_blocks.": "blocks.",
                    "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
                    "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
@@ -337,136 +244,224 @@ DIFFUSERS_NAMES = {"pos_embed.proj": "x_embedder.proj", "transformer_blocks.": "
                    "proj_out_2": "final_layer.linear"}
 
 
-def check_weights(state: dict):
-    """Raises ValueError at the first entry of a state dict that cannot be a network's weight."""
-    for name, tensor in state.items():
-        if not (isinstance(name, str) and isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.ndim
-                and tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type == "cpu"
-                and 0 < tensor.nbytes <= tensor.untyped_storage().nbytes()):
-            kind = f"tensor of {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name!r} names a {kind}: need names of dense floating-point tensors, none empty")
+def need(good, message: str):
+    if not good:
+        raise ValueError(message)
+
+
+@contextmanager
+def naming(path: str | Path):
+    """A ValueError or OSError inside becomes a ValueError of one line that begins with the file's name."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(re.sub(f"{CONTROL}+", " ", f"{path}: {str(error)[:400]}")) from error
+
+
+def parse_json(text: bytes, what: str) -> dict:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        value = error
+    need(isinstance(value, dict), f"{what} cannot be read, perhaps truncated: need a JSON dict, not {value!r:.200}")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The file holds the length of its header in 8 bytes, little-endian, then the header, which is JSON, then the bytes
+    of the tensors. They are mapped into memory, not copied."""
+    data = np.memmap(path, np.uint8, mode="c")
+    end = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header, data, tensors = parse_json(data[8:end].tobytes(), "its header"), data[end:], {}
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(kind), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if (
+                    kind in SAFETENSORS_DTYPES and all(type(n) is int and n > 0 for n in shape)
+                    and stop - start == math.prod(shape) * SAFETENSORS_DTYPES[kind].itemsize
+                    and 0 <= start < stop <= len(data)):
+                tensors[name] = torch.from_numpy(data[start:stop]).view(SAFETENSORS_DTYPES[kind]).reshape(shape)
+            case _:
+                raise ValueError(f"truncated, or a wrong header: {name} is {entry!s:.120}: need one of the dtypes "
+                                 f"{' '.join(SAFETENSORS_DTYPES)}, and data_offsets that the shape fills")
+    need(sum(tensor.nbytes for tensor in tensors.values()) == len(data), "its tensors overlap, or do not fill the file")
+    return tensors
+
+
+def unpickle(path: Path):
+    """What a .pt or .bin file holds: tensors, plain values and argparse.Namespace. Never runs pickled code."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+                need(size <= path.stat().st_size, "compressed, which torch.save never does: refused unread")
+                damaged = archive.testzip()                                   # torch.load does not look at the CRC-32
+                need(not damaged, f"damaged: {damaged} has not the CRC-32 that it was saved with: download it again")
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        raise ValueError(f"holds a {found[1]}, whose loading could run code: if you trust the file, save only `ema`: "
+                         "torch.save(torch.load(f, weights_only=False)['ema'], g), or a whole model's .state_dict()"
+                         if found else "no checkpoint, or one whose loading could run code: refused unread") from None
+    except Exception as error:              # from a damaged archive or pickle zipfile and torch raise them of any kind
+        if type(error) in (ValueError, MemoryError):
+            raise
+        raise ValueError(f"cannot be read, perhaps truncated ({type(error).__name__}: {error})") from None
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict, Path]:
+    """(What the file holds, the file). Of a diffusers model's folder: the file of weights in it, full ones before a
+    variant such as fp16.  Raises ValueError where it cannot be read."""
+    path = Path(path)
+    with naming(path):
+        need(not (path / "model_index.json").is_file(), "a pipeline's folder: need its transformer/ (or vae/)")
+        if path.is_dir():
+            files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")],
+                           key=lambda file: (len(file.suffixes), "-of-" in file.name, file.suffix == ".bin", file.name))
+            need(files, "a folder without .safetensors or .bin: need a file, or a diffusers model's folder")
+            path = files[0]
+        hub = re.fullmatch(r"[\w-]+/[\w.-]+", path.as_posix()) and path.suffix not in (".pt", ".bin", ".safetensors")
+        need(path.is_file(), "no such checkpoint file" + (f", but a hub name: download it first: hf download "
+                                                          f"{path.as_posix()} --local-dir {path.name}" if hub else ""))
+    with naming(path):
+        need("-of-" not in path.name, "one of several files (sharded): save them as one, "
+                                      "from_pretrained(folder).save_pretrained(new_folder, max_shard_size='99GB')")
+        with path.open("rb") as file:
+            start = file.read(64)
+        need(not start.startswith(b"version https://git-lfs"), "a Git LFS pointer to the file: run git lfs pull")
+        need(not re.match(rb"\s*<(!doctype|html|\?xml)", start, re.I), "a web page: download the file itself")
+        content = read_safetensors(path) if path.suffix == ".safetensors" else unpickle(path)
+        need(isinstance(content, dict), f"holds a {type(content).__name__}: need a dict")
+        return content, path
+
+
+def clean_state(state) -> dict[str, Tensor]:
+    """A state dict without the prefixes of DDP, torch.compile and Lightning, and without REPA's projectors.  Raises
+    ValueError where it is none."""
+    need(isinstance(state, dict), f"a {type(state).__name__} in the place of the weights: need a dict")
+    for name, value in state.items():
+        need(not (isinstance(value, dict) and any(isinstance(each, Tensor) for each in value.values())),
+             f"its weights lie under {name!r} or another key: pass one on: torch.save(torch.load(f)[{name!r}], g)")
+    for name, value in state.items():
+        need(isinstance(name, str) and isinstance(value, Tensor) and value.is_floating_point() and value.ndim
+             and value.layout == torch.strided and not value.is_nested and value.device.type == "cpu"
+             and 0 < value.nbytes <= value.untyped_storage().nbytes(),
+             f"{name!r} names a {getattr(value, 'dtype', type(value))}: need dense floating-point tensors, none empty")
+    state = {re.sub(r"^(module\.|_orig_mod\.|model\.)+", "", name): value for name, value in state.items()}
+    return {name: value for name, value in state.items() if not name.startswith("projectors.")}
+
+
+def need_names(state: dict, names: set[str], what: str):
+    for name in sorted(names - state.keys()):
+        raise ValueError(f"not {what}: it has no {name}, but {', '.join(sorted(state)[:3]) or 'nothing'}")
 
 
 def from_diffusers(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
     """The official layout of a state dict in the diffusers layout, which has three layers for q, k and v, a copy of the
     time and class embedders in every block, and no positional embedding."""
-    check_weights(state)
     official = {}
     for name, tensor in state.items():
         if ".to_k." in name or ".to_v." in name or name == "pos_embed.pos_embed":
             continue
-        if ".to_q." in name:
-            tensor = torch.cat([state[name.replace(".to_q.", f".to_{which}.")] for which in "qkv"])
+        if ".to_q." in name:             # a part that is missing or misshapen is left out: load_into refuses the rest
+            parts = [state.get(name.replace(".to_q.", f".to_{which}.")) for which in "qkv"]
+            tensor = torch.cat([part for part in parts if part is not None and part.shape == tensor.shape])
         for theirs, ours in DIFFUSERS_NAMES.items():
             name = name.replace(theirs, ours)
         name = re.sub(r"^blocks\.\d+\.([ty]_embedder)", r"\1", name)
-        if not torch.equal(official.setdefault(name, tensor), tensor):
-            raise ValueError(f"the blocks' copies of {name} differ: this DiT has one for all blocks")
+        need(torch.equal(official.setdefault(name, tensor), tensor),
+             f"the blocks' copies of {name} differ: this DiT has one for all blocks")
     proj, size = official["x_embedder.proj.weight"], config.get("sample_size")
     patch = proj.shape[-1]
-    if type(size) is not int or size % patch or not 1 <= size // patch <= 256:
-        raise ValueError(f"config.json has the sample_size {size!r:.60}: need a multiple of the patch size {patch}, "
-                         f"at most {256 * patch}")
-    official["pos_embed"] = sincos_pos_embed(len(proj), size // patch)
-    return official
+    need(type(size) is int and size % patch == 0 and 1 <= size // patch <= 256, "config.json has the sample_size "
+         f"{size!r:.60}: need a multiple of the patch size {patch}, at most {256 * patch}")
+    return official | dict(pos_embed=sincos_pos_embed(len(proj), size // patch))
 
 
-def config_of(state: dict[str, Tensor], heads: int | None) -> dict:
-    """DiT's arguments, read off the shapes of an official state dict. heads: None looks them up in DIT_SIZES."""
-    check_weights(state)
+def config_of(state: dict[str, Tensor], heads: int | None, class_dropout: bool) -> dict:
+    """DiT's arguments, read off the shapes of an official state dict. heads: None looks them up in DIT_SIZES.
+    class_dropout: whether the last label is ∅."""
     shape = tuple(state["x_embedder.proj.weight"].shape)
-    if len(shape) != 4:
-        raise ValueError(f"x_embedder.proj.weight has the shape {shape}: need four dimensions")
-    (dim, channels, _, patch), tokens = shape, state["pos_embed"].numel() // shape[0]
-    classes = len(state["y_embedder.embedding_table.weight"]) - 1
-    out_channels = len(state["final_layer.linear.bias"]) // patch**2
-    numbers = [int(found[1]) for name in state if (found := re.match(r"blocks\.(\d{1,9})\.", name))]
-    depth = 1 + max(numbers, default=-1)
-    if not 0 < depth <= len(numbers):
-        raise ValueError(f"{len(numbers)} tensors in {depth} blocks: need at least one block, and ten tensors in each")
-    if dim % 4 or tokens != math.isqrt(tokens)**2 or classes < 1:
-        raise ValueError(f"{dim} channels, {tokens} tokens and {classes} classes beside the null class: "
-                         "need a multiple of 4, a square number and at least 1")
+    need(len(shape) == 4, f"x_embedder.proj.weight has the shape {shape}: need four dimensions")
+    dim, channels, _, patch = shape
+    depth = sum(name.endswith(".attn.qkv.weight") for name in state)
     known = {(width, blocks): count for width, blocks, count in DIT_SIZES.values()}
     heads = known.get((dim, depth)) if heads is None else heads
-    if heads is None:
-        raise ValueError(f"{depth} blocks of {dim} channels is none of DiT-S, B, L, XL: pass --heads")
-    if type(heads) is not int or heads < 1 or dim % heads:
-        raise ValueError(f"{heads!r:.60} heads do not divide {dim} channels: need a whole number that does")
-    return dict(input_size=math.isqrt(tokens) * patch, patch_size=patch, in_channels=channels, hidden_size=dim,
-                depth=depth, num_heads=heads, num_classes=classes, learn_sigma=out_channels == 2 * channels)
+    need(heads is not None, f"{depth} blocks of {dim} channels is none of DiT-S, B, L, XL: pass --heads")
+    need(type(heads) is int and heads > 0 and dim % heads == 0,
+         f"{heads!r:.60} heads do not divide {dim} channels: need a whole number that does")
+    grid, out = math.isqrt(state["pos_embed"].numel() // dim), len(state["final_layer.linear.bias"])
+    return dict(input_size=grid * patch, patch_size=patch, in_channels=channels, hidden_size=dim, depth=depth,
+                num_heads=heads, num_classes=len(state["y_embedder.embedding_table.weight"]) - class_dropout,
+                learn_sigma=out == 2 * channels * patch**2, class_dropout=class_dropout)
 
 
-def check_own(config: dict, meta: dict, sizes: dict):
-    """Raises ValueError where the config of this project's own file differs from the sizes of its weights, or its meta
-    is not as `load_dit` describes it."""
-    for name in [*sizes, *config]:
-        if config.get(name) != sizes.get(name):
-            raise ValueError(f"config has the {name} {config.get(name)!r:.60}: its weights need {sizes.get(name)}")
-    names, one_line = meta["class_names"], re.compile(r"[^\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
-    for name, fits, need in (
-            ("prediction", meta["prediction"] in ("noise", "velocity"), "noise or velocity"),
-            ("flow", meta["flow"] in ("rf", "sit"), "rf or sit"),
-            ("settings", meta["settings"] is None or isinstance(meta["settings"], dict), "a dict or None"),
-            ("latent", meta["latent"] is True or meta["latent"] is False and sizes["in_channels"] == 3,
-             "True, or False for RGB of 3 channels"),
-            ("class_names", names == [] or isinstance(names, list)
-             and all(isinstance(each, str) and one_line.fullmatch(each) for each in names)
-             and len(names) == len(set(names)) == sizes["num_classes"],
-             f"{sizes['num_classes']} different strings, none empty or with a line break, or an empty list")):
-        if not fits:
-            raise ValueError(f"meta has the {name} {meta[name]!r:.60}: need {need}")
+def check_meta(meta: dict, channels: int, classes: int):
+    """Raises ValueError where the meta of this project's own file is not as `load_dit` describes it."""
+    match meta:
+        case {"prediction": "noise" | "velocity", "flow": "rf" | "sit", "settings": dict() | None,
+              "latent": True | False as latent, "class_names": list(names)} if (
+                (latent or channels in (1, 3))
+                and all(isinstance(name, str) and name and not re.search(CONTROL, name) for name in names)
+                and len(names) == len(set(names)) and len(names) in (0, classes)):
+            return
+    raise ValueError(f"its meta is {meta!r:.120}: need prediction noise or velocity, flow rf or sit, settings a dict "
+                     f"or None, latent True, or False for 1 or 3 channels, {classes} different class_names, or none")
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
-    """The model with these weights, in float32 and eval mode; ValueError naming the first keys that do not fit."""
-    wanted = model.state_dict()
-    for what, names in (("missing", wanted.keys() - state.keys()), ("unexpected", state.keys() - wanted.keys()),
-                        ("misshapen", [f"{name} of {tuple(state[name].shape)} for {tuple(wanted[name].shape)}"
-                                       for name in wanted.keys() & state.keys()
-                                       if wanted[name].shape != state[name].shape])):
-        if names:
-            raise ValueError(f"{len(names)} {what} keys, first {', '.join(sorted(names)[:3])}")
-    model.load_state_dict(state, assign=True)
+    """The model with these weights, in float32 and eval mode; ValueError naming the keys that do not fit."""
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
     return model.float().eval().requires_grad_(False)
 
 
 def load_dit(path: str | Path, heads: int | None = None) -> tuple[DiT, dict]:
     """Reads a checkpoint: (model in float32 and eval mode, meta).
 
-    path: this project's own file; an official DiT or SiT file, bare or from training (then its `ema`); or DiT in the
-    diffusers layout, a folder with config.json or a file beside one. heads: needed where the file does not say their
-    number and the size is none of DIT_SIZES.
+    path: this project's own file; an official DiT, SiT or REPA file, bare or from training (then its `ema`); or DiT in
+    the diffusers layout, a folder with config.json or a file beside one. heads: needed where the file does not say
+    their number and the size is none of DIT_SIZES.
     meta: prediction ("noise" or "velocity"), flow ("rf" or "sit", the time of a velocity, may be absent), class_names
     (one per class, or none), settings (the recommended ones; may be empty or None), latent (True where x is a latent,
-    False where it is RGB). An official file does not say what it predicts: "noise" is a guess, right for DiT and wrong
-    for SiT.
+    False where it is grey or RGB in [−1, 1]).
+    What an official file does not say is assumed: that it predicts noise, which is wrong for SiT and REPA; that 1 or 3
+    channels are pixels; and that the last of several labels is ∅, unless args.num_classes in the file counts it as a
+    class: then null_class is None.
     Raises ValueError, one line that names the file, where it is no such checkpoint or has another number of heads.
     """
-    content, config = read_checkpoint(path)
-    with refusing(path):
-        own = {"model", "config", "meta"} <= content.keys()
-        if own:
-            state, config, meta = (need_dict(content[name], name) for name in ("model", "config", "meta"))
-            meta = dict(prediction=None, flow="rf", class_names=[], settings={}, latent=False) | meta
-        else:
-            state = need_dict(content.get("ema", content), "ema")
-            meta = dict(prediction="noise", class_names=[], settings={}, latent=True)
+    content, file = read_checkpoint(path)
+    with naming(path):
+        match content:
+            case {"model": state, "config": dict(config), "meta": dict(meta)}:
+                meta = dict(flow="rf", class_names=[], settings={}, latent=False) | meta
+            case _:
+                state, config, meta = content.get("ema", content), {}, {}
+        state = clean_state(state)
+        need("decoder.conv_in.weight" not in state,
+             "not a DiT checkpoint: this looks like an autoencoder (VAE): pass it as --vae")
         if {"pos_embed.proj.weight", "transformer_blocks.0.attn1.to_q.weight"} <= state.keys():
-            beside = Path(path).parent / "config.json"
-            if not config and not beside.is_file():
-                raise ValueError("the diffusers layout does not hold the image size: need config.json beside the file")
-            config = config or read_config(beside.parent)
+            beside = file.with_name("config.json")
+            need(beside.is_file(), "the diffusers layout has no image size in it: need config.json beside the file")
+            config = parse_json(beside.read_bytes(), "config.json")
             state = from_diffusers(state, config)
-        if not {"x_embedder.proj.weight", "pos_embed", "final_layer.linear.bias",
-                "y_embedder.embedding_table.weight"} <= state.keys():
-            raise ValueError(f"not a DiT checkpoint: {describe(state)}")
-        said = config.get("num_heads" if own else "num_attention_heads")
-        if None not in (heads, said) and heads != said:
-            raise ValueError(f"--heads {heads}: this checkpoint says {said!r:.60}: leave the flag out")
-        sizes = config_of(state, heads if said is None else said)
-        if own:
-            check_own(config, meta, sizes)
+        labels = "y_embedder.embedding_table.weight"
+        need_names(state, {"x_embedder.proj.weight", "pos_embed", labels, "blocks.0.attn.qkv.weight",
+                           "final_layer.linear.bias"}, "a DiT checkpoint")
+        said = config.get("num_heads", config.get("num_attention_heads"))
+        need(None in (heads, said) or heads == said,
+             f"--heads {heads}: this checkpoint says {said!r:.60}: leave the flag out")
+        rows, classes = len(state[labels]), getattr(content.get("args"), "num_classes", None)
+        sizes = config_of(state, heads if said is None else said,
+                          class_dropout=rows > 1 and classes != rows and config.get("class_dropout") is not False)
+        if meta:
+            check_meta(meta, sizes["in_channels"], sizes["num_classes"])
+        else:
+            meta = dict(prediction="noise", class_names=[], settings={}, latent=sizes["in_channels"] not in (1, 3))
         with torch.device("meta"):                        # takes no memory: the file's weights replace all parameters
             model = DiT(**sizes)
         return load_into(model, state), meta
@@ -480,26 +475,21 @@ def load_decoder(path: str | Path, channels: int | None = None) -> LatentDecoder
     channels.
     """
     content, _ = read_checkpoint(path)
-    old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    with refusing(path):
+    with naming(path):
         state = {}
-        for name, tensor in content.items():
-            if str(name).startswith(("decoder.", "post_quant_conv.")):
-                *stem, part, kind = name.split(".")
-                part = old_names.get(part, part) if "attentions" in stem else part
-                state[".".join([*stem, part, kind])] = tensor
-        if "decoder.conv_in.weight" not in state:
-            raise ValueError(f"not an autoencoder in the diffusers layout: {describe(content)}")
-        check_weights(state)
+        for name, tensor in clean_state(content).items():
+            for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+                name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
+            if name.startswith(("decoder.", "post_quant_conv.")):
+                state[name] = tensor
+        levels = [f"decoder.up_blocks.{i}.resnets.2.conv2.weight" for i in range(4)]
+        need_names(state, {"post_quant_conv.weight", *levels}, "an autoencoder in the diffusers layout")
         latent_channels = len(state["post_quant_conv.weight"])
-        if channels not in (None, latent_channels):
-            raise ValueError(f"decodes latents of {latent_channels} channels, and the DiT samples {channels} channels: "
-                             "need the autoencoder that the DiT was trained with, or none if it samples RGB")
-        widths = [len(state[f"decoder.up_blocks.{i}.resnets.2.conv2.weight"]) for i in range(4)]
-        if any(width % 32 for width in widths):
-            raise ValueError(f"its levels have {widths} channels: need multiples of 32, the groups of GroupNorm")
+        need(channels in (None, latent_channels),
+             f"decodes latents of {latent_channels} channels, and the DiT samples {channels} channels: "
+             "need the autoencoder that the DiT was trained with, or none if it samples RGB")
         with torch.device("meta"):
-            decoder = LatentDecoder(tuple(widths), latent_channels)
+            decoder = LatentDecoder(tuple(len(state[name]) for name in levels), latent_channels)
         return load_into(decoder, state)
 
 
