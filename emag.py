@@ -4,24 +4,24 @@ Beside the conditional and the null prediction the network makes a third one, th
 transformer block uses the moving average of its own attention maps over the trajectory. The negative has the same
 content and the same layout, and its fine detail is slightly wrong; the guided prediction moves away from it.
 
-In this order: the equations; the class that hooks them into an unmodified model; `guide`, for pipelines that have
-classifier-free guidance (CFG) already; and, under a line that says so, the machinery. This file needs torch alone.
+In this order: the equations; the class that puts them into an unmodified model; and, under a line that says so, the
+machinery. This file needs torch alone. Pipelines that do classifier-free guidance (CFG) themselves: recipes/guide.py.
 
 Symbols: A attention map, E its moving average, Δ deviation, ε prediction (noise or velocity), ε' negative prediction,
 β decay, λ blend strength, w_e EMAG scale, w CFG scale. B samples, L candidate blocks, N tokens, d channels per head.
 """
 import dataclasses
-import math
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial, wraps
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # --------------------------------------------------------------------------------------------------- the equations
 
@@ -40,7 +40,8 @@ def deviation(ema: Tensor, attn: Tensor) -> Tensor:
     Δ_t = mean over heads, queries, keys of |E_t − A_t|
     """
     dtype = torch.promote_types(ema.dtype, torch.float32)             # float16 cannot hold the sum
-    return torch.linalg.vector_norm((ema - attn).flatten(1), ord=1, dim=1, dtype=dtype) / ema[0].numel()
+    # `mean` adds in pairs. One number after the other, a sum in float32 loses up to 5% of a map's 18 million.
+    return (ema - attn).abs_().flatten(1).mean(dim=1, dtype=dtype)
 
 
 def zscore(dev: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def blend(attn: Tensor, ema: Tensor, strength: float) -> Tensor:
 
 
 def emag_update(pred: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """EMAG update (v1 eq. 15, ECCV eq. 14): ε̃' = ε' + w_e·(ε − ε')"""
+    """EMAG update (v1 eq. 15, ECCV eq. 14): ε̃' = ε' + w_e·(ε − ε'); unconditional: of both at the null condition"""
     return negative + scale * (pred - negative)
 
 
@@ -90,8 +91,7 @@ class Window:
 
     def __post_init__(self):
         if not 0 <= self.stop <= self.apply <= self.start <= 1:
-            raise ValueError(f"window start {self.start}, apply {self.apply}, stop {self.stop}: "
-                             "need 1 ≥ start ≥ apply ≥ stop ≥ 0")
+            raise ValueError(f"{self}: need 1 ≥ start ≥ apply ≥ stop ≥ 0")
 
     def observes(self, step: int, steps: int) -> bool:
         return round(self.stop * (steps - 1)) <= steps - 1 - step <= round(self.start * (steps - 1))
@@ -122,44 +122,58 @@ class EMAG:
 
     blocks: the model's transformer blocks in the order they run.  layers: the candidates, as indices into `blocks`.
     beta, strength: β and λ, in [0, 1].  threshold: None selects the argmax, τ also every block with z ≥ τ.
-    variant: what the EMA averages and the negative replaces. "map" (EMAG): whole rows of A. "image" (EMAG-I): only
-        their image columns. "query" (EMAG-Q): the queries themselves; no map is made. Only image queries are changed:
-        text queries attend as the model has them.
-    image_tokens: the slice of the token sequence that holds image tokens; None where all do.
-    reuse: the negative pass does not run the blocks before the first selected one (see `perturb`). Give False where
-        blocks do more than return their output: where they write to their inputs, or talk to other processes.
-    ema_dtype: dtype of the maps and of their average. float16 halves the memory; in it E stays as it is where A differs
-        by less than about 3% (at β = 0.988), or by more in entries below 6·10⁻⁵. bfloat16 is refused: its 8 bits mostly
-        round (1−β)·(A−E) away.
+    variant: what E averages and the negative replaces. Only image queries change. "map" (EMAG): their whole rows of A.
+        "image" (EMAG-I): their image columns; then each row is divided by its sum. "query" (EMAG-Q): the queries
+        themselves; no map is made.
+    image_tokens: the slice of the token sequence that holds image tokens; None where all do. The attribute may be set
+        anew before the first observed step of a trajectory.
+    attention: which attention call of a block is the image's, counted from 0; None: the first with as many queries as
+        keys, which is its self-attention.
+    reuse: the negative pass does not run the blocks before the first selected one. Give False where blocks do more than
+        return their output: where they write to their inputs, or talk to other processes.
+    ema_dtype: dtype of the maps and of E. float16 halves the memory; in it E stays as it is where A differs by less
+        than about 3%, or 2.5·10⁻⁶ where that is more (at β = 0.988). bfloat16 is refused: its 8 bits mostly round
+        (1−β)·(A−E) away.
+
+    One object follows one trajectory at a time. When to observe and to perturb is the caller's choice (`Window`).
 
     Raises ValueError for an argument out of range, RuntimeError where the model or the order of calls cannot work.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], layers: Iterable[int], *, beta: float = 0.988,
                  strength: float = 1.0, variant: str = "map", threshold: float | None = None,
-                 image_tokens: slice | None = None, reuse: bool = True, ema_dtype: torch.dtype = torch.float32):
+                 image_tokens: slice | None = None, attention: int | None = None, reuse: bool = True,
+                 ema_dtype: torch.dtype = torch.float32):
         self.blocks, self.layers = list(blocks), sorted(set(layers))
         self.beta, self.strength, self.variant, self.threshold = beta, strength, variant, threshold
         self.image_tokens = slice(None) if image_tokens is None else image_tokens
-        self.reuse, self.ema_dtype = reuse, ema_dtype
-        _check_options(self)
+        self.attention, self.reuse, self.ema_dtype = attention, reuse, ema_dtype
+        need(self.layers and 0 <= self.layers[0] and self.layers[-1] < len(self.blocks),
+             f"layers {self.layers}: need at least one of 0…{len(self.blocks) - 1}", ValueError)
+        need(0 <= beta <= 1, f"beta is {beta}: need 0 ≤ beta ≤ 1", ValueError)
+        need(0 <= strength <= 1, f"strength is {strength}: need 0 ≤ strength ≤ 1", ValueError)
+        need(variant in ("map", "image", "query"), f"variant {variant!r}: need 'map', 'image' or 'query'", ValueError)
+        need(threshold is None or threshold == threshold, "threshold is nan: need a number, or None", ValueError)
+        need(ema_dtype in (torch.float16, torch.float32, torch.float64),
+             f"ema_dtype is {ema_dtype}: need float32, float64 or float16; bfloat16 has only 8 bits", ValueError)
         self.reset()
 
     def reset(self):
         """Forgets everything: a new trajectory starts."""
-        self.trace: list[Observation] = []                # one entry per observed step
-        self._ema: dict[int, list[Tensor]] = {}           # candidate block → E, in chunks of heads
-        self._shape: dict[int, tuple] = {}                # candidate block → shapes of its queries and keys
-        self._forget_pass()
+        self.trace: list[Observation] = []                     # one entry per observed step
+        self._ema: dict[int, list[Tensor]] | None = {}         # candidate → E, in chunks of heads; None: half advanced
+        self._shapes: tuple | None = None                      # image tokens, and the candidates' queries and keys
+        self.forget()
 
-    def _forget_pass(self):
-        self._calls: dict[int, _AttentionCall] = {}       # candidate block → its attention call in the clean pass
-        self._outputs: dict[int, object] = {}             # block → its output in the clean pass
+    def forget(self):
+        """Frees what is kept of the clean pass for its negative."""
+        self._calls: dict[int, _AttentionCall] = {}            # candidate → its attention, of the observed rows
+        self._outputs: dict[int, object] = {}                  # block → what it returned, of the observed rows
+        self._entered: Tensor | None = None                    # what block 0 was given
 
     @property
     def last(self) -> Observation:
-        if not self.trace:
-            raise RuntimeError("nothing was observed yet: first run the model inside `with emag.observe():`")
+        need(self.trace, "nothing was observed yet: first run the model inside `with emag.observe():`")
         return self.trace[-1]
 
     deviation = property(lambda self: self.last.deviation)
@@ -167,120 +181,76 @@ class EMAG:
     selected = property(lambda self: self.last.selected)
 
     def average(self, block: int) -> Tensor:
-        """E of one candidate block, to be looked at: (B, heads, image queries, keys); of EMAG-I the image
-        keys alone; of EMAG-Q the queries, (B, heads, image queries, d)."""
-        if block not in self._ema:
-            raise RuntimeError(f"block {block} has no average: observe a step first, and ask for one of {self.layers}")
+        """E of one candidate, a copy: (B, heads, image queries, keys); of EMAG-I the image keys alone; of EMAG-Q the
+        queries, (B, heads, image queries, d)."""
+        need(block in (self._ema or ()), f"block {block} has no average: observe a step; only {self.layers} have one")
         return torch.cat(self._ema[block], dim=1)
 
     @contextmanager
     def observe(self, rows=slice(None), update: bool = True) -> Iterator["EMAG"]:
-        """Around the clean pass, whose result stays the same, bit for bit where the model is not compiled. E and Δ
-        advance when the pass is complete: a pass that fails leaves them as they were.
+        """Around the clean pass, whose result stays the same: bit for bit, but for compiled models and
+        nn.MultiheadAttention, which torch computes in another way when nobody looks.
 
-        rows: an index into the batch, the conditional samples.  update=False: a second evaluation within one step
-        (Heun's corrector), which advances neither E nor Δ.
+        rows: a slice, list or tensor that selects the conditional samples.  update=False: a second evaluation within
+        one step (Heun's corrector), which advances neither E nor Δ.
+        A pass that fails leaves E as it was, and there is no negative of it.
         """
-        try:
-            with _hooking(self.blocks, "observe()") as hook:
-                self._forget_pass()
-                _check_dropout(self.blocks)
-                for n in range(self.layers[-1]) if self.reuse else ():
-                    hook(n, self._record, rows)
-                for n in self.layers:                                 # around _record, so that a block may run both
-                    hook(n, self._catch, self._clean_attention, rows)
-                yield self
-            if update:
-                self._advance()
-        except BaseException:
-            self._forget_pass()                                       # so that no negative is made from half a pass
-            raise
+        calls, outputs, entered = {}, {}, None                 # they become the object's in the last line of all
+        self.forget()
+        if not self._ema:
+            _refuse_dropout(self.blocks)
 
-    @contextmanager
-    def perturb(self) -> Iterator["EMAG"]:
-        """Around the negative pass, on the rows that this step observed: the selected blocks attend with Ã, not A.
-        Every step that perturbs needs its own clean pass: without one, that of an earlier step would be taken for it.
+        def keep(n: int, call: "_AttentionCall") -> Tensor:
+            calls[n] = call.take(rows)
+            return call.attend()
 
-        Reuse: before the first selected block both passes are equal, so the clean outputs are returned again and those
-        blocks do not run: the same numbers for less work.
-        """
-        # Samples that selected different blocks share the pass: it starts at the first of these blocks, and in each
-        # block only the samples that selected it attend with Ã.
-        chosen = {n: samples for n, samples in zip(self.layers, self.selected.T) if samples.any()}
-        if not self._calls or not self._ema:
-            raise RuntimeError("perturb() needs a clean pass of this step: run it inside `with emag.observe():` first")
-        with _hooking(self.blocks, "perturb()") as hook:
-            for n in range(min(chosen)) if self.reuse else ():
-                hook(n, self._replay)
-            for n, samples in chosen.items():
-                hook(n, self._catch, self._negative_attention, samples)
+        def run(n: int, forward: Callable, args: tuple, kwargs: dict):
+            nonlocal entered
+            if n == 0 and self.reuse:
+                entered = x[rows].clone() if isinstance(x := first_input(args, kwargs), Tensor) else None
+            if n in self.layers:
+                output = _with_attention(keep, self, n, forward, args, kwargs)
+            else:
+                output = forward(*args, **kwargs)
+            if self.reuse and n < self.layers[-1]:             # a copy, since a model may add to the output in place
+                batch = len(first_input(args, kwargs))
+                outputs[n] = map_tensors(lambda x: (x[rows] if is_batched(x, batch) else x).clone(), output)
+            return output
+
+        with _hooked(self.blocks, range(self.layers[-1] + 1) if self.reuse else self.layers, run):
             yield self
+        samples = {len(call.query) for call in calls.values()}
+        need(len(samples) == 1 and 0 not in samples, f"candidate blocks attend for {sorted(samples)} samples: need "
+             "rows that select a sample, and candidates of one kind, such as the blocks that attend in space")
+        shapes = self.image_tokens, {n: (tuple(call.query.shape), tuple(call.key.shape)) for n, call in calls.items()}
+        need(self._shapes in (None, shapes), f"image tokens, queries and keys were {self._shapes}, and now they are "
+             f"{shapes}: call reset() before a new trajectory")
+        if update:
+            self._advance(calls)
+            self._shapes = shapes
+        self._calls, self._outputs, self._entered = calls, outputs, entered
 
-    # The three hooks: what runs in the place of block n's own forward, `original`.
-
-    def _record(self, n: int, rows, original: Callable, /, *args, **kwargs):
-        """Block n runs, and what it returns is kept for `rows`: a copy, since a model may add to it in place."""
-        output, batch = original(*args, **kwargs), len(_first_input(args, kwargs))
-        self._outputs[n] = tree_map_only(Tensor, lambda x: (x[rows] if _is_batched(x, batch) else x).clone(), output)
-        return output
-
-    def _replay(self, n: int, original: Callable, /, *args, **kwargs):
-        """Block n does not run: it returns once more what was kept."""
-        self._check_batch(len(_first_input(args, kwargs)))
-        return tree_map_only(Tensor, torch.clone, self._outputs[n])
-
-    def _catch(self, n: int, attention: Callable, rows, original: Callable, /, *args, **kwargs):
-        """Block n runs, and attention(n, rows, call) computes its first self-attention."""
-        with _CatchSelfAttention(partial(attention, n, rows), len(_first_input(args, kwargs))) as mode:
-            output = original(*args, **kwargs)
-        if not mode.caught:
-            block = self.blocks[n]
-            raise RuntimeError(f"candidate block {n} ({type(block).__name__}) {mode.what_was_seen(block)}")
-        return output
-
-    # What `_catch` does with the attention of the clean pass.
-
-    def _clean_attention(self, n: int, rows, call: "_AttentionCall") -> Tensor:
-        """Block n attends as it would; its call, cut to the observed rows, is kept for `_advance` and the negative."""
-        clean = call.take(rows)
-        _check_call(n, clean, self)
-        others = {len(other.query) for other in self._calls.values()} - {len(clean.query)}
-        if others:
-            raise RuntimeError(f"candidate block {n} attends for {len(clean.query)} samples, another for "
-                               f"{others.pop()}: need candidates of one kind, such as the blocks that attend in space")
-        if n in self._ema and clean.shape != self._shape[n]:
-            raise RuntimeError(f"queries and keys of block {n} were {self._shape[n]}, and now they are {clean.shape}: "
-                               "call reset() before a new trajectory")
-        self._calls[n] = clean
-        return call.attend()
-
+    @torch.inference_mode(False)                               # E outlives the pass, and later ones may not be in it
     @torch.no_grad()
-    def _advance(self):
-        """One step of every candidate's E, and the deviations and the choice that follow from it."""
-        if self.trace and not self._ema:
-            raise RuntimeError("an earlier step broke off while E was advancing: call reset() and start again")
-        try:
-            dev = torch.stack([self._advance_block(n).cpu() for n in self.layers], dim=1).double()
-            if not dev.isfinite().all():
-                raise RuntimeError("Δ is not finite: the attention of a candidate block holds NaN or infinity")
-            if self.trace and self.beta > 0 and (dev == 0).all(dim=1).any():
-                raise RuntimeError("the observed attention equals its average exactly: the model saw the same latents "
-                                   "at every step, or the first self-attention of the blocks is not the image's")
-        except BaseException:
-            self._ema.clear()                                         # a part of it may have advanced
-            raise
+    def _advance(self, calls: dict[int, "_AttentionCall"]):
+        """One step of every candidate's E, a few heads at a time, and the deviations and the choice that follow."""
+        need(self._ema is not None, "an earlier step broke off while E was advancing: call reset() and start again")
+        averages, self._ema, deviations = self._ema, None, []  # None until all of it has advanced
+        for n in self.layers:
+            call, total, chunks = calls[n], 0, calls[n].head_chunks()
+            ema = averages.setdefault(n, [None] * len(chunks))
+            for i, heads in enumerate(chunks):
+                attn = self._averaged(call, heads)                                              # A_t
+                ema[i] = ema_update(ema[i], attn, self.beta)                                    # E_t
+                total = total + deviation(ema[i], attn) * (attn.shape[1] / call.query.shape[1])   # Δ_t, by its heads
+            deviations.append(total)
+        dev = torch.stack([dev.to(deviations[0].device) for dev in deviations], dim=1).cpu().double()
+        need(dev.isfinite().all(), "Δ is not finite: the attention of a candidate block holds NaN or infinity")
+        need(not self.trace or self.beta == 0 or (dev > 0).any(dim=1).all(),
+             "the observed attention equals its average exactly: the model saw the same latents at every step, or "
+             "another attention than the image's was observed: give attention=")
         self.trace.append(Observation(dev, zscore(dev), select_layers(dev, self.threshold)))
-
-    def _advance_block(self, n: int) -> Tensor:
-        """E_t and Δ_t of block n, a few heads at a time; returns Δ_t (B,)."""
-        call, dev = self._calls[n], 0
-        slices = call.head_chunks()
-        ema, self._shape[n] = self._ema.setdefault(n, [None] * len(slices)), call.shape
-        for i, heads in enumerate(slices):
-            attn = self._averaged(call, heads)                        # A_t
-            ema[i] = ema_update(ema[i], attn, self.beta)              # E_t
-            dev = dev + deviation(ema[i], attn) * (attn.shape[1] / call.query.shape[1])
-        return dev
+        self._ema = averages
 
     def _averaged(self, call: "_AttentionCall", heads: slice) -> Tensor:
         """What E averages, for some heads: image queries' rows of A, their image columns, or the queries themselves."""
@@ -289,300 +259,247 @@ class EMAG:
         attn = call.attention_map(heads, self.image_tokens, self.ema_dtype)
         return attn[..., self.image_tokens] if self.variant == "image" else attn
 
-    # What `_catch` does with the attention of the negative pass.
+    @contextmanager
+    def perturb(self) -> Iterator["EMAG"]:
+        """Around the negative pass, on the rows that this step observed: the selected blocks attend with Ã, not A.
 
-    def _negative_attention(self, n: int, selected: Tensor, call: "_AttentionCall") -> Tensor:
+        Samples that selected different blocks share the pass. Reuse: before the first of these blocks both passes are
+        equal, so the clean outputs are returned again and those blocks do not run.
+        """
+        need(self._calls and self._ema,
+             "nothing was observed yet in this step: first make its clean pass inside `with emag.observe():`")
+        perturbed = [n for n, samples in zip(self.layers, self.selected.T) if samples.any()]
+        first, observed = perturbed[0], len(self._calls[perturbed[0]].query)
+
+        def run(n: int, forward: Callable, args: tuple, kwargs: dict):
+            x = first_input(args, kwargs)
+            need(len(x) == observed, f"the negative pass got {len(x)} samples, {observed} were observed: call the "
+                                     "model on the observed rows alone")
+            if n == 0 and self._entered is not None:
+                need(is_close(x, self._entered, self.blocks[0]), f"block 0 {OTHER_INPUTS}")
+            if n < first:
+                return map_tensors(torch.clone, self._outputs[n])
+            return _with_attention(self._negative_attention, self, n, forward, args, kwargs)
+
+        with _hooked(self.blocks, [*range(first if self.reuse else 0), *perturbed], run):
+            yield self
+
+    def _negative_attention(self, n: int, call: "_AttentionCall") -> Tensor:
         """Block n attends with Ã in the place of A, for the image queries of the samples that selected it.
 
-        selected: bool (B,).
+        call: its attention in this pass; what it was in the clean pass is in `self._calls`.
         """
-        self._check_batch(len(call.query))
-        if not self.selected[:, :self.layers.index(n)].any():         # nothing is perturbed before this block
-            _check_same(n, self.blocks[n], call.take(slice(None)), self._calls[n])
-        samples = slice(None) if selected.all() else selected.nonzero()[:, 0].to(call.query.device)
+        clean, image, index = self._calls[n], self.image_tokens, self.layers.index(n)
+        if not self.selected[:, :index].any():                        # the first to be perturbed: both are still equal
+            own = call.take(slice(None))
+            same = [is_close(new, old, self.blocks[n]) for new, old in (
+                (own.query, clean.query), (own.key, clean.key), (own.value, clean.value))]
+            need(same[0] & same[1] & same[2], f"block {n}, the first to be perturbed, {OTHER_INPUTS}")
+        selected = self.selected[:, index]                                                     # bool (B,)
+        rows = slice(None) if selected.all() else selected.nonzero()[:, 0].to(call.query.device)
+        clean_rows, own_rows = clean.take(rows), call.take(rows)
+        blended = ((heads, self._blended(clean_rows, heads, ema[rows]))                        # made one by one below
+                   for heads, ema in zip(clean.head_chunks(), self._ema[n]))
         if self.variant == "query":
             query = call.query.clone()
-            for heads, blended in self._blended(n, samples):
-                query[samples, heads, self.image_tokens] = blended.to(query.dtype)                   # q̃
+            for heads, each in blended:
+                query[rows, heads, image] = each.to(query.dtype)                               # q̃
             return dataclasses.replace(call, query=query).attend()
-        chosen = call.take(samples)
         with torch.autocast(call.value.device.type, enabled=False):   # Ã·V, which is E·V for λ = 1
-            out = torch.cat([chosen.mix(heads, blended) for heads, blended in self._blended(n, samples)], dim=1)
-        if len(out) == len(call.query) and out.shape[2] == call.query.shape[2]:
-            return out                                                # all queries are replaced
-        whole = call.attend().clone()
-        whole[samples, :, self.image_tokens] = out
+            out = torch.cat([own_rows.mix(heads, each) for heads, each in blended], dim=1)
+        if out.shape[::2] == call.query.shape[::2]:                   # all samples, all queries
+            return out
+        whole = call.attend().clone()                                 # autograd may have kept it
+        whole[rows, :, image] = out
         return whole
 
-    def _blended(self, n: int, samples) -> Iterator[tuple[slice, Tensor]]:
-        """Ã (or q̃) of block n, a few heads at a time. With λ = 1 it is E, and only EMAG-I makes a map."""
-        if self.strength < 1 or self.variant == "image":
-            clean = self._calls[n].take(samples)
-        for heads, ema in zip(self._calls[n].head_chunks(), self._ema[n]):
-            ema = ema[samples]
-            if self.variant == "image":
-                # Only image → image is replaced; then each row is divided by its sum. A row of sum 0 stays as in A.
-                attn = clean.attention_map(heads, self.image_tokens, self.ema_dtype)
-                mixed = attn.clone()
-                mixed[..., self.image_tokens] = blend(attn[..., self.image_tokens], ema, self.strength)
-                total = mixed.sum(dim=-1, keepdim=True)
-                yield heads, torch.where(total > 0, mixed / total, attn)
-            elif self.strength < 1:
-                yield heads, blend(self._averaged(clean, heads), ema, self.strength)
-            else:
-                yield heads, ema
-
-    def _check_batch(self, batch: int):
-        observed = len(self._calls[self.layers[0]].query)
-        if batch != observed:
-            raise RuntimeError(f"the negative pass got {batch} samples, {observed} were observed: "
-                               "call the model on the observed rows alone")
-
-
-# ------------------------------------------------------------------------------------------ for pipelines with CFG
-
-
-@contextmanager
-def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], *, scale: float = 1.5, steps: int = 28,
-          cond: str = "last", calls: int = 1, channels: slice | None = None, window: Window = Window(),
-          take: Callable | None = None, **emag_options) -> Iterator[EMAG]:
-    """EMAG inside a pipeline that does CFG; the pipeline and the model stay as they are. The defaults are SD3's.
-
-        with guide(pipe.transformer, pipe.transformer.transformer_blocks, range(6, 9), scale=1.5, steps=28, cond="last",
-                   image_tokens=slice(0, 4096)) as emag:
-            image = pipe(prompt, num_inference_steps=28, guidance_scale=7.0).images[0]
-
-    The model's prediction for the conditional samples comes back as ε̃', so that the pipeline's own CFG formula
-    completes the method.
-
-    scale: w_e; 1 is off.  steps: steps per trajectory; after so many a new trajectory starts.
-    calls, cond: how the pipeline does CFG.
-        calls=1, cond="first" or "last": it calls the model once per step, with a doubled batch; that half of it is
-            conditional.
-        calls=1, cond="all": it calls the model once per step, without CFG.
-        calls=2, cond="first" or "last": it calls the model twice per step; that call is the conditional one.
-    channels: the slice of the output's dimension 1 that is the prediction, where others are a variance.
-    take: take(args, kwargs, rows) → (args, kwargs) cuts the model's inputs to the samples `rows`, a slice. The default
-        cuts every tensor and every list that is as long as the batch.
-    emag_options: as for EMAG.
-
-    x_t is the first tensor, or list of tensors, among the model's inputs; its length is the batch size.
-
-    Raises ValueError for an argument out of range, RuntimeError where the model's calls are not as described.
-    """
-    allowed = {1: ("first", "last", "all"), 2: ("first", "last")}
-    for good, wrong in ((calls in allowed, f"calls is {calls}: need 1 or 2"),
-                        (cond in allowed.get(calls, ()), f"cond is {cond!r}: need one of {allowed.get(calls)}"),
-                        (steps >= 1, f"steps is {steps}: need at least 1"),
-                        (math.isfinite(scale), f"scale is {scale}: need a finite number")):
-        if not good:
-            raise ValueError(wrong)
-    emag = EMAG(blocks, layers, **emag_options)
-    count = 0                                                         # calls of the model so far
-    before = ()                                                       # the latents of the call before
-    thread = None                                                     # of this trajectory; None where a call failed
-    cut_checked = False
-
-    def forward(original: Callable, /, *args, **kwargs):
-        nonlocal count, before, thread, cut_checked
-        step, turn = divmod(count % (steps * calls), calls)
-        if step == turn == 0:
-            emag.reset()
-            before = ()
-        elif thread != threading.get_ident():
-            raise RuntimeError("a call of this trajectory failed, or two threads draw inside one guide(): "
-                               "leave guide() after an error, and give each thread a model and a guide() of its own")
-        count, thread = count + 1, None
-        x = _first_input(args, kwargs)
-        again, before = _equal(x, before), tree_map(torch.clone, x)
-        if again and calls == 1:
-            raise RuntimeError("the model was called twice in a row with the same latents: this pipeline calls it "
-                               "twice per step. Give calls=2, and cond='first' or 'last' for the conditional call")
-        if turn == 1 and not again:
-            raise RuntimeError("with calls=2 the two calls of a step need the same latents, and they differ: "
-                               "does this pipeline call the model once per step? Then give calls=1")
-        observed = window.observes(step, steps) and (calls == 1 or turn == allowed[2].index(cond))
-        rows = _conditional(x, cond) if observed and calls == 1 else slice(None)
-        with emag.observe(rows) if observed else nullcontext():
-            out = original(*args, **kwargs)
-        if observed and window.perturbs(step, steps):
-            pred, rewrap = _unwrap(out)
-            if rows != slice(None):
-                args, kwargs = (take or _take)(args, kwargs, rows)
-                if not cut_checked:                                   # once, since it takes a pass
-                    _check_cut(model, original, args, kwargs, pred, rows, len(emag.selected))
-                    cut_checked = True
-            with emag.perturb():
-                negative, _ = _unwrap(original(*args, **kwargs))
-            out = rewrap(_guided_rows(pred, negative, rows, channels, scale))
-        emag._forget_pass()                                           # to free what was kept of the clean pass
-        thread = threading.get_ident()
-        return out
-
-    with ExitStack() as hooks:
-        if scale != 1:
-            if hasattr(getattr(model, "_old_forward", model.forward), "_emag"):
-                raise RuntimeError("this model is inside another guide(): one at a time per model")
-            hooks.enter_context(_replaced_forward(model, forward))
-        try:
-            yield emag
-        except RuntimeError as error:
-            if "fullgraph=True" in str(error):
-                raise RuntimeError("a whole model compiled with fullgraph=True cannot be hooked inside its graph: "
-                                   "give guide() what torch.compile returned, or compile without fullgraph") from error
-            raise
-    if scale != 1 and (count == 0 or count % (steps * calls)):
-        raise RuntimeError(f"the model was called {count} times inside guide(), which is no multiple of steps={steps} "
-                           f"times calls={calls}: give the steps and calls that the pipeline makes per batch of images")
+    def _blended(self, clean: "_AttentionCall", heads: slice, ema: Tensor) -> Tensor:
+        """Ã (or q̃) of some samples and heads. With λ = 1 it is E; EMAG-I needs A for the text columns all the same."""
+        mixed = ema if self.strength == 1 else blend(self._averaged(clean, heads), ema, self.strength)
+        if self.variant != "image":
+            return mixed
+        attn = clean.attention_map(heads, self.image_tokens, self.ema_dtype).clone()
+        attn[..., self.image_tokens] = mixed                          # image → image alone; then each row's sum is 1,
+        return attn / attn.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(attn.dtype).tiny)   # or 0, if all is masked
 
 
 # =========================================================================================== the machinery
 #
-# Below: how `guide` handles a model's inputs and outputs, the hooks on unmodified blocks, one call of attention (A is
-# made in `attention_map`), and the checks.
+# Below: small helpers; the hooks on unmodified blocks; one call of attention (A is made in `attention_map`).
+
+OTHER_INPUTS = ("gets other inputs in the negative pass than in the clean pass before it: each negative needs a clean "
+                "pass of its own, and inputs cut to the observed rows; in train() mode call model.eval()")
 
 
-def _equal(a: Tensor | list[Tensor], b: Tensor | list[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(torch.equal, a, b))
+def need(good, message: str, error: type[Exception] = RuntimeError):
+    if not good:
+        raise error(message)
 
 
-def _conditional(x: Tensor | list[Tensor], cond: str) -> slice:
-    """The conditional samples of a batch: all, or one half of it where CFG doubled it."""
-    first, last = slice(len(x) // 2), slice(len(x) // 2, None)
-    doubled = len(x) % 2 == 0 and _equal(x[first], x[last])
-    if doubled and cond == "all":
-        raise RuntimeError("cond is 'all', but both halves of the batch hold the same latents, as CFG doubles them: "
-                           "give cond='first' or 'last', the conditional half; without CFG, draw from different noise")
-    if not doubled and cond != "all":
-        raise RuntimeError(f"the batch of {len(x)} samples has no conditional half, since its halves hold different "
-                           "latents: is the pipeline's CFG on? Give cond='all' where it has none, calls=2 where it "
-                           "calls the model twice per step")
-    return {"first": first, "last": last, "all": slice(None)}[cond]
+def first_input(args: tuple, kwargs: dict) -> Tensor | list[Tensor]:
+    """The first input that is a tensor, or a list with one tensor per sample; its length is the batch size."""
+    if args and isinstance(args[0], Tensor):                          # the usual case, and no walk through all inputs
+        return args[0]
+    for leaf in tree_leaves((args, kwargs), is_leaf=is_list):
+        if isinstance(leaf, Tensor) or is_list(leaf):
+            return leaf
+    raise RuntimeError("a hooked model or block was called without a tensor")
 
 
-def _take(args: tuple, kwargs: dict, rows: slice) -> tuple[tuple, dict]:
-    """The inputs with every tensor and every list that is as long as the batch cut to `rows`."""
-    batched = partial(_is_batched, batch=len(_first_input(args, kwargs)))
-    return tree_map(lambda x: x[rows] if batched(x) else x, (args, kwargs), is_leaf=batched)
+def map_tensors(function: Callable[[Tensor], Tensor], tree):
+    return function(tree) if isinstance(tree, Tensor) else tree_map_only(Tensor, function, tree)
 
 
-def _check_cut(model: nn.Module, original: Callable, args: tuple, kwargs: dict, pred, rows: slice, observed: int):
-    """Cutting the inputs to the conditional samples must not change what the model predicts for these."""
-    hint = "an input is not batch-first, or only happens to be as long as the batch: give take="
-    if len(pred) != 2 * observed:
-        raise RuntimeError(f"{observed} samples were observed, and the prediction holds {len(pred)}, not {2 * observed}: "
-                           "the model folds frames or other dimensions into its batch, and guide() cannot halve it")
-    clean, null = pred[rows], pred[rows.stop:rows.start]              # the conditional half, and the other one
-    try:
-        again, _ = _unwrap(original(*args, **kwargs))
-    except Exception as error:
-        raise RuntimeError(f"the model fails on inputs cut to the conditional samples ({error}): {hint}") from error
-    if len(again) != len(clean) or not all(_close(*parts, model) for parts in zip(again, clean, null)):
-        raise RuntimeError("the model predicts something else on inputs cut to the conditional samples: "
-                           f"{hint}; or dropout is on, or the prediction is not finite")
+def is_list(x) -> bool:
+    return isinstance(x, list) and len(x) > 0 and isinstance(x[0], Tensor)
 
 
-def _unwrap(out) -> tuple[Tensor | list[Tensor], Callable]:
-    """The prediction in a model's output, a tensor or a list with one per sample; and a function that puts another one
-    in its place."""
-    pred, rewrap = out, lambda pred: pred
-    if dataclasses.is_dataclass(out):
-        name = dataclasses.fields(out)[0].name
-        pred, rewrap = getattr(out, name), lambda pred: dataclasses.replace(out, **{name: pred})
-    elif isinstance(out, tuple) and out:                              # a named tuple, or a plain one
-        pred, rewrap = out[0], lambda pred: getattr(type(out), "_make", type(out))((pred, *out[1:]))
-    if not isinstance(pred, (Tensor, list)):
-        raise RuntimeError(f"the model returns a {type(out).__name__}: guide() needs a tensor, a list of tensors, or a "
-                           "tuple or dataclass in which one of these comes first, the prediction")
-    return pred, rewrap
+def is_batched(x, batch: int) -> bool:
+    """Whether x is a tensor or a list with one entry per sample."""
+    return (isinstance(x, list) or isinstance(x, Tensor) and x.ndim > 0) and len(x) == batch
 
 
-def _guided_rows(pred, negative, rows: slice, channels: slice | None, scale: float):
-    """`pred` with ε̃' in the place of ε: for the samples `rows`, in their prediction channels."""
-    channels = slice(None) if channels is None else channels
-    if isinstance(pred, list):                                        # one tensor (C, …) per sample
-        guided = list(pred)
-        guided[rows] = [_guided_rows(p[None], q[None], slice(None), channels, scale)[0]
-                        for p, q in zip(pred[rows], negative)]
-    else:
-        guided = pred.clone()
-        guided[rows, channels] = emag_update(pred[rows, channels], negative[:, channels], scale)
-    return guided
+def is_close(new: Tensor, old: Tensor, module: nn.Module, other: Tensor | None = None) -> Tensor | bool:
+    """Whether each sample (dimension 0) is equal up to rounding, of TF32 or another batch size too. With `other`, down
+    to twice the precision of the dtype, a sample must also be four times as near to `old` as `other` is."""
+    # Weights of 8 bits are computed with in at least bfloat16. (`module.parameters()` takes three times as long.)
+    dtypes = {old.dtype, *(p.dtype for part in module.modules() for p in part._parameters.values() if p is not None)}
+    if torch.is_autocast_enabled(old.device.type):
+        dtypes.add(torch.get_autocast_dtype(old.device.type))
+    eps = max(min(torch.finfo(dtype).eps, 2**-7) if dtype.is_floating_point else 2**-7 for dtype in dtypes)
+    if new.shape != old.shape:
+        return False
+    off, size = (new - old).float().flatten(1).norm(dim=1), old.float().flatten(1).norm(dim=1)
+    allowed = torch.full_like(size, max(1e-3, 8 * eps))
+    if other is not None:
+        apart = (other - old).float().flatten(1).norm(dim=1) / size
+        allowed = torch.minimum(allowed, (apart / 4).clamp(min=max(1e-3, 2 * eps)))
+    return (off <= allowed * size).all()                              # left on the device: a GPU need not wait here
+
+
+def _refuse_dropout(blocks: Sequence[nn.Module]):
+    for n, block in enumerate(blocks):
+        need(not any(isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+                     for module in block.modules()),
+             f"block {n} has dropout on, by which two passes differ: call model.eval()")
 
 
 # -------------------------------------------------------------------------------------- hooks on unmodified blocks
 
 
-_TURN = threading.RLock()
+class _Hook:
+    """In the place of the call of block n: run(n, its own call, args, kwargs), while `on`, in the thread of the pass.
 
-
-@contextmanager
-def _hooking(blocks: Sequence[nn.Module], where: str) -> Iterator[Callable]:
-    """One pass: after hook(n, forward, *bound) block n runs forward(n, *bound, its own forward, *args, **kwargs).
-
-    Compiled models and blocks run uncompiled inside, since compiled code does not see hooks that come and go. torch has
-    one such switch for all threads, so the passes of several threads take turns.
+    It is kept in the attribute in which module.compile() keeps what it made. torch calls that in the place of the
+    module's hooks and forward, and does not copy it with the module.
     """
-    hooked, ran, stack, thread = [], [], ExitStack(), threading.get_ident()
 
-    def hook(n: int, forward: Callable, *bound):
-        def run(original: Callable, /, *args, **kwargs):
-            if threading.get_ident() != thread:                       # another thread runs the same model, without EMAG
-                return original(*args, **kwargs)
-            ran.append(n)
-            return forward(n, *bound, original, *args, **kwargs)
+    def __init__(self, n: int, block: nn.Module, run: Callable):
+        self.n, self.run, self.on, self.thread = n, run, True, threading.get_ident()
+        self.before = vars(block).get("_compiled_call_impl")
+        self.call = self.before or block._call_impl
 
-        hooked.append(n)
-        stack.enter_context(_replaced_forward(blocks[n], run))
-
-    with _TURN, torch.compiler.set_stance("force_eager"), stack:
-        yield hook
-        _check_ran(ran, hooked, where)
+    def __call__(self, *args, **kwargs):
+        if self.on and threading.get_ident() == self.thread:
+            return self.run(self.n, self.call, args, kwargs)
+        return self.call(*args, **kwargs)                             # another thread runs the same model, without EMAG
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """Inside, `module` runs forward(its own forward, *args, **kwargs), uncompiled; afterwards it is as before."""
-    def run(*args, **kwargs):
-        return forward(original, *args, **kwargs) if on else original(*args, **kwargs)
+def _hooked(blocks: Sequence[nn.Module], numbers: Sequence[int], run: Callable) -> Iterator[None]:
+    """One pass of the model: inside, block n runs run(n, its own call, args, kwargs), for n in `numbers`."""
+    ran: list[int] = []
 
-    # Offloading by accelerate keeps a module's own forward as `_old_forward`, and puts it back after a pipeline's run.
-    place = "_old_forward" if "_old_forward" in vars(module) else "forward"
-    original, inherited = getattr(module, place), place not in vars(module)
-    compiled = vars(module).pop("_compiled_call_impl", None)          # module.compile() lets it run instead of forward
-    replacement = torch.compiler.disable(wraps(original)(run))
-    replacement._emag = on = True                       # not on: what somebody kept of the replacement does nothing
+    def one(n: int, call: Callable, args: tuple, kwargs: dict):
+        ran.append(n)
+        return run(n, call, args, kwargs)
+
+    def take_off():
+        for n, hook in hooks.items():
+            hook.on, own = False, vars(blocks[n])
+            while isinstance(top := own.get("_compiled_call_impl"), _Hook) and not top.on:    # a newer one may stay on
+                own.update(_compiled_call_impl=top.before) if top.before else own.pop("_compiled_call_impl")
+
+    hooks = {n: _Hook(n, blocks[n], one) for n in numbers}
+    # Where every block is compiled by itself, the candidates alone need not be (`_with_attention`).
+    each = all(block._compiled_call_impl is not None for block in blocks)
     try:
-        setattr(module, place, replacement)
+        with nullcontext() if each else _uncompiled():
+            for n, hook in hooks.items():
+                vars(blocks[n])["_compiled_call_impl"] = hook
+            yield
+        need(ran == list(numbers), f"in this pass the blocks {ran} ran, and {list(numbers)} must, once each, in this "
+             "order: run the model once, and give its own blocks, in the order they run")
+    finally:
+        try:
+            take_off()
+        finally:                                                      # once more: Ctrl-C may have struck in the first
+            take_off()
+
+
+_LOCK, _OPEN, _STANCE = threading.RLock(), set(), []                  # what `_uncompiled` shares between threads
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Inside, what was compiled runs uncompiled, since compiled code does not see hooks and modes that come and go.
+    torch has one such switch for all threads: who opens first throws it, and who closes last throws it back."""
+    if "torch._dynamo" not in sys.modules:                            # nothing was compiled; to import it takes seconds
+        yield
+        return
+    me = object()
+
+    def close():
+        with _LOCK:
+            _OPEN.discard(me)
+            if _STANCE and not _OPEN:
+                _STANCE[0].__exit__(None, None, None)                 # the stance that there was before
+                _STANCE.clear()
+
+    try:
+        with _LOCK:
+            _OPEN.add(me)
+            if not _STANCE:
+                try:
+                    _STANCE.append(torch.compiler.set_stance("force_eager"))
+                except BaseException:                                 # Ctrl-C, after it was set
+                    torch.compiler.set_stance("default")
+                    raise
         yield
     finally:
-        on = False
-        if compiled is not None:
-            module._compiled_call_impl = compiled
-        for place in ("forward", "_old_forward"):
-            if vars(module).get(place) is replacement:
-                setattr(module, place, original)
-        if inherited and vars(module).get("forward") is original:
-            del module.forward
+        try:
+            close()
+        finally:                                                      # as in `_hooked`
+            close()
 
 
-def _first_input(args: tuple, kwargs: dict) -> Tensor | list[Tensor]:
-    """The first input that is a tensor, or a list with one tensor per sample; its length is the batch size."""
-    for leaf in tree_leaves((args, kwargs), is_leaf=lambda tree: isinstance(tree, list)):
-        if isinstance(leaf, Tensor) or isinstance(leaf, list) and leaf and isinstance(leaf[0], Tensor):
-            return leaf
-    raise RuntimeError("a hooked model or block was called without a tensor")
-
-
-def _is_batched(x, batch: int) -> bool:
-    """Whether x is a tensor or a list with one entry per sample."""
-    return (isinstance(x, list) or isinstance(x, Tensor) and x.ndim > 0) and len(x) == batch
+def _with_attention(handle: Callable, emag: EMAG, n: int, forward: Callable, args: tuple, kwargs: dict):
+    """Candidate block n runs, and handle(n, call) computes the attention that EMAG averages."""
+    mode = _CatchAttention(handle, emag, n, len(first_input(args, kwargs)))
+    try:
+        with _uncompiled(), mode:
+            output = forward(*args, **kwargs)
+        need(mode.caught, f"candidate block {n} ({type(emag.blocks[n]).__name__}) made no attention that EMAG takes: "
+             f"{mode.seen}. It needs torch's scaled_dot_product_attention, or a softmax over (batch, heads, N, N), "
+             "with as many queries as keys. What may be in its place: a cache (diffusers: model.disable_cache()), "
+             "xformers, flash-attn or FlexAttention (diffusers: set_attention_backend('native'), elsewhere often "
+             "attn_mode='torch'), attention in slices, a function that replaces torch's scaled_dot_product_attention")
+        return output
+    finally:
+        mode.caught = True                                            # it does nothing any more
+        if torch.overrides._get_current_function_mode() is mode:      # and Ctrl-C may have kept it on torch's stack
+            mode.__exit__(None, None, None)
 
 
 # ------------------------------------------------------------------------------------------- one call of attention
 
-CHUNK = 2**22          # map entries made at a time, 16 MiB in float32
+CHUNK = 2**22          # map entries made at a time on a CPU, 16 MiB in float32; elsewhere 8 times as many
 FUSED = torch._C._nn.scaled_dot_product_attention          # not F's, which others replace by a function of their own
+SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
+MULTIHEAD = F.multi_head_attention_forward         # a mode sees it as one call, and in this copy all that it calls:
+MULTIHEAD_IN_PARTS = types.FunctionType(MULTIHEAD.__code__, vars(F) | {"has_torch_function": lambda tensors: False},
+                                        MULTIHEAD.__name__, MULTIHEAD.__defaults__)
+WATCHED = {FUSED, MULTIHEAD, *SOFTMAX}
 
 
 @dataclasses.dataclass
@@ -596,10 +513,6 @@ class _AttentionCall:
     is_causal: bool = False
     scale: float | None = None
     enable_gqa: bool = False
-
-    @property
-    def shape(self) -> tuple[tuple, tuple]:
-        return tuple(self.query.shape), tuple(self.key.shape)
 
     def attend(self) -> Tensor:
         """What the model asked for, by the fused kernel."""
@@ -617,7 +530,8 @@ class _AttentionCall:
     def head_chunks(self) -> list[slice]:
         """Slices of heads whose maps have at most CHUNK entries together, or one head each."""
         batch, heads, queries, _ = self.query.shape
-        size = max(1, CHUNK // (batch * queries * self.key.shape[-2]))
+        entries = CHUNK if self.query.device.type == "cpu" else 8 * CHUNK
+        size = max(1, entries // (batch * queries * self.key.shape[-2]))
         return [slice(start, start + size) for start in range(0, heads, size)]
 
     def attention_map(self, heads: slice, queries: slice, dtype: torch.dtype) -> Tensor:
@@ -642,10 +556,9 @@ class _AttentionCall:
 
 class _HandMade(_AttentionCall):
     """Attention without the fused kernel: query is what softmax gave, A itself, (B, heads, N, N); the rest is empty."""
-    shape = property(lambda self: (tuple(self.query.shape),) * 2)
 
     def attend(self) -> Tensor:
-        return self.query
+        return self.query.clone()                                     # a model may write to it
 
     def attention_map(self, heads: slice, queries: slice, dtype: torch.dtype) -> Tensor:
         return self.query[:, heads, queries].to(dtype)
@@ -654,136 +567,55 @@ class _HandMade(_AttentionCall):
         return attn.to(self.query.dtype)
 
 
-class _CatchSelfAttention(TorchFunctionMode):
-    """While on, hands the first self-attention to `handle`, and leaves all other functions unchanged.
+class _CatchAttention(TorchFunctionMode):
+    """While on, handle(n, call) computes one attention of block n; all other functions stay as they are.
 
-    That is a call of scaled_dot_product_attention, or a softmax over the last dimension, with as many queries as keys.
+    Which one: `EMAG.attention`, among the calls of scaled_dot_product_attention and the softmaxes over the last of four
+    dimensions. nn.MultiheadAttention is made to call the former: it then returns no weights.
     """
-    SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
 
-    def __init__(self, handle: Callable[[_AttentionCall], Tensor], batch: int):
+    def __init__(self, handle: Callable[[int, _AttentionCall], Tensor], emag: EMAG, n: int, batch: int):
         super().__init__()
-        self.handle, self.batch, self.caught = handle, batch, False
-        self.parts = None                     # shape of the caught map, if it is (B·heads, N, N)
-        self.unequal = None                   # (queries, keys) of a call that is no self-attention
+        self.handle, self.emag, self.n, self.batch = handle, emag, n, batch
+        self.calls, self.caught, self.seen = 0, False, "it called neither of the two functions below"
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is FUSED and not self.caught:
+        if self.caught or func not in WATCHED:
+            return func(*args, **kwargs)
+        if func is MULTIHEAD:
+            with self:
+                return MULTIHEAD_IN_PARTS(*args, **kwargs | {"need_weights": False})
+        if func is FUSED:
             call = _AttentionCall(*args, **kwargs)
-            if call.query.shape[-2] == call.key.shape[-2]:
-                return self._hand_over(call)
-            self.unequal = call.query.shape[-2], call.key.shape[-2]
-        out = func(*args, **kwargs)
-        if func in self.SOFTMAX and out.ndim in (3, 4) and out.shape[-1] == out.shape[-2]:
-            if self.parts == out.shape:
-                raise RuntimeError("a candidate block makes its map in several parts, or two maps of one shape: EMAG "
-                                   "needs one for the whole batch (diffusers: pipe.disable_attention_slicing())")
-            if not self.caught and kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, out.ndim - 1):
-                # (B·heads, N, N), in which the heads of a sample stand together, as well as (B, heads, N, N)
-                maps = out if out.ndim == 4 or len(out) % self.batch else out.unflatten(0, (self.batch, -1))
-                self.parts = out.shape if out.ndim == 3 else None
-                return self._hand_over(_HandMade(maps, maps[..., :0], maps[..., :0])).reshape(out.shape)
-        return out
-
-    def _hand_over(self, call: _AttentionCall) -> Tensor:
+        else:
+            maps = func(*args, **kwargs)
+            if kwargs.get("dim", args[1] if len(args) > 1 else None) not in (-1, maps.ndim - 1) or maps.ndim != 4:
+                self.seen = f"a softmax over {tuple(maps.shape)}"
+                return maps
+            call = _HandMade(maps, maps.mT[..., :0], maps[..., :0])
+        queries, keys, wanted, number = call.query.shape[-2], call.key.shape[-2], self.emag.attention, self.calls
+        self.calls += 1
+        if queries != keys if wanted is None else number != wanted:
+            self.seen = f"its call {number} attends with {queries} queries to {keys} keys (attention={number} takes it)"
+            return call.attend()
         self.caught = True
-        if call.query.ndim == 4 and len(call.query) != self.batch:
-            raise RuntimeError(f"a candidate block gets {self.batch} samples and attends for {len(call.query)}: EMAG "
-                               "needs inputs that are batch-first, and one attention call for the whole batch")
-        return self.handle(call)
+        self.check(call)
+        return self.handle(self.n, call)
 
-    def what_was_seen(self, block: nn.Module) -> str:
-        """Why nothing was caught, for the error line."""
-        if self.unequal is not None:
-            return ("attends with {} queries to {} keys: EMAG needs tokens that attend to each other, as many queries "
-                    "as keys".format(*self.unequal))
-        if any(hasattr(module, "_diffusers_hook") for module in block.modules()):
-            return "did not compute its attention: switch the cache of the model off (diffusers: model.disable_cache())"
-        if any(isinstance(module, nn.MultiheadAttention) for module in block.modules()):
-            return ("attends by nn.MultiheadAttention, inside which nothing is seen: let it call "
-                    "scaled_dot_product_attention instead")
-        if F.scaled_dot_product_attention is not FUSED:
-            return ("attends by a function that replaces torch's scaled_dot_product_attention "
-                    f"({F.scaled_dot_product_attention!r}): put the original back")
-        return ("made no self-attention by torch's scaled_dot_product_attention or by softmax: switch from xformers, "
-                "flash-attn or FlexAttention to torch's kernel, in diffusers by set_attention_backend('native') or "
-                "disable_xformers_memory_efficient_attention(), in timm by fused_attn, elsewhere often by "
-                "infer_mode='torch' or attn_mode='torch'")
-
-
-# ------------------------------------------------------------------------------ what cannot be right is an error
-
-
-def _check_options(emag: EMAG):
-    if not emag.layers or emag.layers[0] < 0 or emag.layers[-1] >= len(emag.blocks):
-        raise ValueError(f"layers {emag.layers}: need at least one of 0…{len(emag.blocks) - 1}")
-    for name in ("beta", "strength"):
-        if not 0 <= getattr(emag, name) <= 1:
-            raise ValueError(f"{name} is {getattr(emag, name)}: need 0 ≤ {name} ≤ 1")
-    if emag.variant not in ("map", "image", "query"):
-        raise ValueError(f"variant is {emag.variant!r}: need 'map', 'image' or 'query'")
-    if emag.threshold is not None and math.isnan(emag.threshold):
-        raise ValueError("threshold is nan: need a number, or None for the argmax")
-    if emag.ema_dtype not in (torch.float16, torch.float32, torch.float64):
-        raise ValueError(f"ema_dtype is {emag.ema_dtype}: need float32, float64 or float16; bfloat16 has 8 bits, too "
-                         "few for steps of (1−β)·(A−E)")
-
-
-def _check_ran(ran: list[int], hooked: list[int], where: str):
-    """Every hook of a pass ran once, in the order of the blocks."""
-    missing, order = set(hooked) - set(ran), sorted(hooked)
-    if missing:
-        raise RuntimeError(f"block {min(missing)} did not run inside {where}: run the model there once, and give its "
-                           "own blocks as `blocks`")
-    if len(ran) > len(order):
-        raise RuntimeError(f"the blocks ran twice inside {where}: one pass of the model at a time")
-    if ran != order:
-        raise RuntimeError(f"the blocks ran in the order {list(dict.fromkeys(ran))}: give `blocks` in that order")
-
-
-def _check_dropout(blocks: Sequence[nn.Module]):
-    for n, block in enumerate(blocks):
-        if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
-               for module in block.modules()):
-            raise RuntimeError(f"block {n} has dropout on, by which two passes differ: call model.eval()")
-
-
-def _check_call(n: int, call: _AttentionCall, emag: EMAG):
-    """The attention of candidate block n, cut to the observed rows, is one that EMAG can average."""
-    if call.is_causal:
-        raise RuntimeError(f"candidate block {n} attends causally, which is not supported: EMAG is for maps in which "
-                           "every token sees every other, as diffusion transformers have them")
-    if call.query.ndim != 4 or not len(call.query):
-        raise RuntimeError(f"candidate block {n} attends with queries of shape {tuple(call.query.shape)} for the "
-                           "observed rows: need (batch, heads, tokens, channels), and rows that select a sample")
-    if call.dropout_p > 0:
-        raise RuntimeError(f"candidate block {n} attends with dropout, by which two passes differ: call model.eval()")
-    tokens, image = call.query.shape[2], emag.image_tokens
-    if not range(tokens)[image] or max(abs(image.start or 0), abs(image.stop or 0)) > tokens:
-        raise RuntimeError(f"candidate block {n} attends for {tokens} tokens, and image_tokens is {image}: "
-                           "need the slice of them that holds the image")
-    if emag.variant == "query" and isinstance(call, _HandMade):
-        raise RuntimeError(f"candidate block {n} makes its map by hand: variant 'query' has no queries; use 'map'")
-
-
-def _check_same(n: int, block: nn.Module, call: _AttentionCall, clean: _AttentionCall):
-    """The first perturbed block must get the same queries and keys in both passes."""
-    if not (_close(call.query, clean.query, None, block) and _close(call.key, clean.key, None, block)):
-        raise RuntimeError(f"block {n}, the first to be perturbed, gets other inputs in the negative pass than in the "
-                           "clean one: cut all inputs to the observed rows, and switch dropout off")
-
-
-def _close(new: Tensor, old: Tensor, other: Tensor | None, module: nn.Module) -> bool:
-    """Equal within rounding error, also of TF32 or another batch size; and, down to twice the dtype's precision, off by
-    at most a quarter of the distance between `old` and `other`."""
-    dtypes = {old.dtype, *(p.dtype for p in module.parameters())}
-    if torch.is_autocast_enabled(old.device.type):
-        dtypes.add(torch.get_autocast_dtype(old.device.type))
-    # Weights of 8 bits are the same in both passes; what is computed with them has at least bfloat16's precision.
-    eps = max(min(torch.finfo(dtype).eps, 2**-7) if dtype.is_floating_point else 2**-7 for dtype in dtypes)
-    allowed = max(1e-3, 8 * eps)
-    size = old.float().norm()
-    if other is not None:
-        allowed = min(allowed, max(1e-3, 2 * eps, ((other - old).float().norm() / size).item() / 4))
-    return new.shape == old.shape and bool((new - old).float().norm() <= allowed * size)
+    def check(self, call: _AttentionCall):
+        """Raises RuntimeError where EMAG cannot average this call."""
+        shape, image, variant = tuple(call.query.shape), self.emag.image_tokens, self.emag.variant
+        for good, wrong in (
+                (not call.is_causal, "attends causally: EMAG is for maps in which every token sees every other"),
+                (call.dropout_p == 0, "attends with dropout, by which two passes differ: call model.eval()"),
+                (len(shape) == 4, f"has queries of shape {shape}: need (batch, heads, tokens, channels)"),
+                (shape[0] == self.batch, f"gets {self.batch} samples and attends for {shape[0]}: EMAG needs inputs that"
+                                         " are batch-first, and one attention call for the whole batch"),
+                (range(shape[-2])[image] and max(abs(image.start or 0), abs(image.stop or 0)) <= shape[-2],
+                 f"attends for {shape[-2]} tokens, and image_tokens is {image}: need the slice of them with the image"),
+                (variant != "image" or shape[-2] == call.key.shape[-2],
+                 f"has {shape[-2]} queries and {call.key.shape[-2]} keys: variant 'image' needs as many; use 'map'"),
+                (variant != "query" or type(call) is _AttentionCall,
+                 "makes its map by hand: variant 'query' has no queries; use 'map'")):
+            need(good, f"candidate block {self.n} ({type(self.emag.blocks[self.n]).__name__}) {wrong}")

@@ -3,19 +3,24 @@
     python sampler.py --emag 2.0          # the demo checkpoint; w_e = 1 is plain CFG, 0 takes the negative for ε
 
 Time t runs from 1 (noise) to 0 (data) everywhere. A velocity model has x_t = (1−t)·x₀ + t·ε and predicts v = ε − x₀; a
-noise model has x_t = √ᾱ(t)·x₀ + √(1−ᾱ(t))·ε and predicts ε. Integration is in float64, the network in its own dtype.
+noise model has x_t = √ᾱ(t)·x₀ + √(1−ᾱ(t))·ε and predicts ε. The network runs in its own dtype and on its own device;
+integration is in float64, on the CPU.
 """
 import argparse
 import dataclasses
+import difflib
 import json
 import math
 import os
 import platform
+import shutil
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +30,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from dit import DiT, LatentDecoder, fingerprint, load_decoder, load_dit
+from dit import DiT, LatentDecoder, fingerprint, load_decoder, load_dit, need
 from emag import EMAG, Window, cfg_update, emag_update
 
 DEMO = Path(__file__).resolve().parent / "demo" / "emoji-flow.pt"
@@ -53,6 +58,13 @@ def to_x0(pred: Tensor, x: Tensor, t: float, prediction: str) -> Tensor:
 def from_x0(x0: Tensor, x: Tensor, t: float, prediction: str) -> Tensor:
     a, b = coefficients(prediction, t)
     return (x - a * x0) / b
+
+
+# How a network was trained: the time that it is called with, as a function of t, and its sign.
+NOISE = (lambda t: TRAIN_STEPS * t - 1, 1)            # timesteps i = 0…999
+FLOWS = {"rf": (lambda t: TRAIN_STEPS * t, 1),        # 1000·t, v = ε − x₀
+         "sit": (lambda t: 1 - t, -1),                # 1 − t, v = x₀ − ε
+         "repa": (lambda t: t, 1)}                    # t itself, v = ε − x₀: REPA, minRF
 
 
 def flow_times(steps: int) -> list[float]:
@@ -271,72 +283,67 @@ class CADS:
 
 # ----------------------------------------------------------------------------------------------------------- settings
 
-def need(good, message: str):
-    if not good:
-        raise ValueError(message)
+SCALE, SHARE, COUNT = (-1e6, 1e6), (0.0, 1.0), (1, 10**6)                 # a setting is whole where its limits are
+LIMITS = dict(steps=(1, TRAIN_STEPS), cfg=SCALE, emag=SCALE, threshold=SCALE, beta=SHARE, strength=SHARE, eta=SHARE,
+              guide_channels=COUNT, num=COUNT, batch=COUNT, seed=(0, 2**63))
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All that decides the pixels of a run, under the names of the flags. Raises ValueError, naming the flag."""
-    sampler: str                                      # one of SAMPLERS
+    """All that decides the pixels of a run, under the names of the flags. Raises ValueError where it cannot be run."""
+    sampler: str                                  # euler or heun for a velocity, ddim or ddpm for noise
     steps: int
-    cfg: float                                        # w; 1 is off
-    emag: float                                       # w_e; 1 is off, 0 takes the negative for ε
-    layers: tuple[int, ...]                           # the candidates 𝓛, counted from 0
-    beta: float = 0.988                               # β
-    strength: float = 1.0                             # λ
-    variant: str = "map"                              # "map", "image" or "query", as for EMAG
-    threshold: float | None = None                    # τ; None selects the argmax
-    window: tuple[float, ...] = (1.0, 0.8, 0.2)       # start, apply, stop
-    eta: float = 0.0                                  # ddim's η
-    guide_channels: int | None = None                 # the first so many are guided; None: all
-    uncond: bool = False
-    apg: tuple[float, ...] | None = None              # η, ρ, m; None is off
-    cads: tuple[float, ...] | None = None             # τ₁, τ₂, s, ψ; None is off
-    classes: tuple[int | str, ...] = ()               # dealt to the samples in turn; () is all
-    num: int | None = None                            # images in all
-    batch: int = 24                                   # samples drawn together
+    cfg: float                                    # w; 1 is off
+    emag: float                                   # w_e; 1 is off, 0 takes the negative for the prediction
+    layers: tuple[int, ...]                       # the candidate blocks 𝓛, counted from 0
+    beta: float = 0.988                           # EMA decay β
+    strength: float = 1.0                         # blend λ
+    variant: str = "map"                          # EMAG; "image" is EMAG-I, in a DiT the same, and "query" EMAG-Q
+    threshold: float | None = None                # τ: every block with z ≥ τ is selected beside the argmax
+    window: tuple[float, ...] = (1.0, 0.8, 0.2)   # start, apply, stop
+    eta: float = 0.0                              # ddim's η
+    guide_channels: int | None = None             # so many are guided; None: all
+    uncond: bool = False                          # from the null condition alone
+    apg: tuple[float, ...] | None = None          # η, ρ, m
+    cads: tuple[float, ...] | None = None         # τ₁, τ₂, s, ψ
+    classes: tuple[int | str, ...] = ()           # by name where there are names
+    num: int | None = None                        # images in all
+    batch: int = 24                               # images drawn together
     seed: int = 0
-    heads: int | None = None                          # of the network
-    flow: str | None = None                           # "rf" or "sit" where it predicts a velocity
-    dtype: str = "float32"                            # of the network
-    checkpoint: str = ""                              # its file's name
-    weights: str = ""                                 # the fingerprint of what is in it
-    vae: str | None = None                            # the fingerprint of the decoder's weights
+    heads: int | None = None                      # of the network's attention
+    flow: str | None = None                       # which of FLOWS; None for a noise model
+    dtype: str = "float32"                        # of the network
+    checkpoint: str = ""                          # its name
+    weights: str = ""                             # the fingerprint of what is in it
+    vae: str | None = None                        # the fingerprint of the decoder's weights
 
     def __post_init__(self):
-        def check(wanted: str, good: Callable, *names: str, kinds: tuple = (int, float), count: int | None = None):
-            """Each field holds one value, or a tuple of `count` values (0: any number), for which good(…) is true."""
-            for name in names:
-                value = getattr(self, name)
-                if isinstance(value, (list, range)):                      # from JSON, argparse and `prepare`
-                    object.__setattr__(self, name, value := tuple(value))
-                values = value if isinstance(value, tuple) else (value,)
-                optional = getattr(Settings, name, 0) is None
-                need(value is None and optional
-                     or isinstance(value, tuple) == (count is not None) and len(values) == (count or len(values))
-                     and all(type(each) in kinds for each in values) and good(*values),
-                     f"--{name.replace('_', '-')} {' '.join(map(str, values)):.60}: need {wanted}")
-
-        check("euler, heun, ddim or ddpm", lambda v: v in ("euler", "heun", "ddim", "ddpm"), "sampler", kinds=(str,))
-        check("map, image or query", lambda v: v in ("map", "image", "query"), "variant", kinds=(str,))
-        check("a whole number from 1 to 1000", lambda v: 1 <= v <= TRAIN_STEPS, "steps", kinds=(int,))
-        check("a whole number from 1 to 1e6", lambda v: 1 <= v <= 1e6, "num", "batch", "guide_channels", kinds=(int,))
-        check("a whole number from 0 to 2^63", lambda v: 0 <= v <= 2**63, "seed", kinds=(int,))
-        check("a number from 0 to 1", lambda v: 0 <= v <= 1, "beta", "strength", "eta")
-        check("a number from -1e6 to 1e6", lambda v: -1e6 <= v <= 1e6, "cfg", "emag", "threshold")
-        check("block numbers, from 0", lambda *v: v and min(v) >= 0, "layers", kinds=(int,), count=0)
-        check("names or numbers", lambda *v: True, "classes", kinds=(int, str), count=0)
-        check("1 ≥ START ≥ APPLY ≥ STOP ≥ 0", lambda *v: 1 >= v[0] >= v[1] >= v[2] >= 0, "window", count=3)
-        check("0 ≤ ETA ≤ 1e6, 0 < NORM ≤ 1e6, −1 < MOMENTUM < 1, or no numbers",
-              lambda eta, norm, momentum: 0 <= eta <= 1e6 and 0 < norm <= 1e6 and -1 < momentum < 1, "apg", count=3)
-        check("0 ≤ TAU1 ≤ TAU2 ≤ 1, 0 < S ≤ 1e6, 0 ≤ PSI ≤ 1, or no numbers",
-              lambda tau1, tau2, s, psi: 0 <= tau1 <= tau2 <= 1 and 0 < s <= 1e6 and 0 <= psi <= 1, "cads", count=4)
+        for name, value in vars(self).items():
+            if isinstance(value, (list, range)):                          # from JSON, argparse and `prepare`
+                object.__setattr__(self, name, tuple(value))
+        for name, (low, high) in LIMITS.items():
+            value, optional = getattr(self, name), getattr(Settings, name, "") is None
+            need(value is None and optional or isinstance(value, (int, type(low))) and low <= value <= high,
+                 f"--{name.replace('_', '-')} {value}: need a number from {low} to {high}")
+        need(self.layers and min(self.layers) >= 0, f"--layers {self.layers}: need block numbers, from 0")
+        need(len(self.window) == 3, f"--window {self.window}: need START, APPLY and STOP")
+        Window(*self.window)                                              # a ValueError where they are out of order
+        need(self.uncond in (True, False), f"--uncond {self.uncond}: need true or false")
+        a, c = self.apg or (0, 1, 0), self.cads or (0, 1, 1, 1)
+        need(len(a) == 3 and 0 <= a[0] <= 1e6 and 0 < a[1] <= 1e6 and -1 < a[2] < 1,
+             f"--apg {a}: need 0 ≤ ETA ≤ 1e6, 0 < NORM ≤ 1e6, −1 < MOMENTUM < 1, or no numbers")
+        need(len(c) == 4 and 0 <= c[0] <= c[1] <= 1 and 0 < c[2] <= 1e6 and 0 <= c[3] <= 1,
+             f"--cads {c}: need 0 ≤ TAU1 ≤ TAU2 ≤ 1, 0 < S ≤ 1e6, 0 ≤ PSI ≤ 1, or no numbers")
         need(self.cfg == 1 or not self.uncond, "--uncond: has no CFG: leave --cfg out")
         need(self.cfg != 1 or not self.apg, "--apg: needs a null prediction, and w = 1 makes none: give --cfg above 1")
         need(not (self.cads and self.uncond), "--cads: noises the condition, and --uncond has none: leave one out")
         need(self.eta == 0 or self.sampler == "ddim", f"--eta {self.eta:g}: {self.sampler} has none: leave it out")
+
+    def __str__(self):
+        """One line, without what is as by default."""
+        chosen = [f"{field.name} {getattr(self, field.name)}" for field in dataclasses.fields(self)
+                  if getattr(self, field.name) != field.default and field.name not in ("checkpoint", "weights", "vae")]
+        return f"{self.checkpoint}: {', '.join(chosen)}"
 
 
 # For checkpoints without settings of their own: DiT-XL/2's, or for a velocity SD3's steps, w_e and window. The
@@ -352,17 +359,16 @@ def network(model: DiT, meta: dict, variance: bool = False) -> Callable[[Tensor,
 
     variance: keep the channels of the output beyond the prediction, which `ddpm` reads.  Raises FloatingPointError.
     """
-    to_network_time, sign = {"noise": (lambda t: TRAIN_STEPS * t - 1, 1),      # trained on timesteps i = 0…999
-                             "rf": (lambda t: TRAIN_STEPS * t, 1),             # trained on 1000·t, v = ε − x₀
-                             "sit": (lambda t: 1 - t, -1)                      # trained on 1 − t, v = x₀ − ε
-                             }["noise" if meta["prediction"] == "noise" else meta.get("flow", "rf")]
+    to_network_time, sign = NOISE if meta["prediction"] == "noise" else FLOWS[meta.get("flow", "rf")]
+    device, dtype = model.pos_embed.device, model.pos_embed.dtype
 
     def predict(x: Tensor, t: float, y: Tensor) -> Tensor:
-        times = torch.full((len(x),), to_network_time(t), device=x.device, dtype=torch.float32)
-        out = model(x.to(model.pos_embed.dtype), times, y).to(x.dtype)
+        times = torch.full((len(x),), to_network_time(t), device=device, dtype=torch.float32)
+        # Device and dtype one after the other, so that no float64 is asked of a device that has none.
+        out = model(x.to(dtype).to(device), times, y.to(device)).to(x.device).to(x.dtype)
         if not out.isfinite().all():
-            raise FloatingPointError("the network gives NaN or infinity: need --dtype float32, smaller scales or "
-                                     "weights without NaN")
+            raise FloatingPointError(f"the network gives NaN or infinity at t = {t:.3g}: need --dtype float32, smaller "
+                                     "scales or weights without NaN")
         return sign * (out if variance else out[:, :x.shape[1]])
 
     return predict
@@ -372,21 +378,20 @@ def network(model: DiT, meta: dict, variance: bool = False) -> Callable[[Tensor,
 def sample(model: DiT, meta: dict, labels: Sequence[int], indices: Sequence[int], settings: Settings,
            watch: Callable[[Step], None] | None = None, emag: EMAG | None = None,
            combine: Callable | None = None) -> Tensor:
-    """One batch, (B, C, H, W) in float64.
+    """One batch, (B, C, H, W) in float64, on the CPU: x is small, and not every device has float64.
 
     labels: one class per sample.  indices: the samples' numbers, which with the seed give their noise.
     watch, emag, combine: as for `guided`; the last two replace what the settings say.
-    Raises FloatingPointError where the network's output is not finite, RuntimeError as EMAG does; both name the step.
+    Raises FloatingPointError where the network's output is not finite, RuntimeError as EMAG does.
     """
-    device, config = model.pos_embed.device, model.config
-    noise = SampleNoise(settings.seed, indices)
-    x = noise(torch.empty(len(labels), config["in_channels"], config["input_size"], config["input_size"],
-                          dtype=torch.float64, device=device))
-    null = torch.full((len(labels),), model.null_class, device=device)
-    y = null if settings.uncond else torch.tensor(labels, device=device)
+    channels, side, noise = model.config["in_channels"], model.config["input_size"], SampleNoise(settings.seed, indices)
+    x = noise(torch.empty(len(labels), channels, side, side, dtype=torch.float64))
+    y = torch.tensor(labels, device=model.pos_embed.device)
+    null = None if model.null_class is None else torch.full_like(y, model.null_class)
+    y = null if settings.uncond else y
     condition = CADS(noise, *settings.cads) if settings.cads else None
     if condition:
-        y, null = model.y_embedder(y), model.y_embedder(null)
+        y, null = (None if each is None else model.y_embedder(each).cpu() for each in (y, null))
     if settings.apg and combine is None:
         combine = APG(meta["prediction"], settings.cfg, *settings.apg)
     emag = emag or EMAG(model.blocks, settings.layers, beta=settings.beta, strength=settings.strength,
@@ -395,26 +400,22 @@ def sample(model: DiT, meta: dict, labels: Sequence[int], indices: Sequence[int]
                      cfg=settings.cfg, emag=emag, emag_scale=settings.emag, window=Window(*settings.window),
                      channels=settings.guide_channels, condition=condition, combine=combine, watch=watch)
 
-    def predict_or_say_where(x: Tensor, t: float, step: int, update: bool = True) -> Tensor:
-        try:
-            return predict(x, t, step, update)
-        except (FloatingPointError, RuntimeError) as error:               # RuntimeError: EMAG's, or out of memory
-            raise type(error)(f"step {step + 1} of {settings.steps}: {error}") from error
-
     extra = {"ddim": dict(eta=settings.eta, noise=noise), "ddpm": dict(noise=noise)}.get(settings.sampler, {})
     sampler, times = SAMPLERS[meta["prediction"]][settings.sampler], TIMES[meta["prediction"]](settings.steps)
-    return sampler(predict_or_say_where, x, times, **extra)
+    return sampler(predict, x, times, **extra)
 
 
 # ----------------------------------------------------------------------------------------------- pictures and files
 
 @torch.inference_mode()
 def to_images(x: Tensor, decoder: LatentDecoder | None = None) -> np.ndarray:
-    """RGB in [−1, 1], (B, 3, H, W), or latents and their decoder, a few at a time → (B, H, W, 3) uint8."""
+    """RGB in [−1, 1], (B, 3, H, W), or grey, (B, 1, H, W), or latents and their decoder → (B, H, W, 3) uint8."""
     if decoder is not None:
-        x = torch.cat([decoder(part.float()) for part in x.split(2)])
+        device = next(decoder.parameters()).device
+        x = torch.cat([decoder(part.float().to(device)) for part in x.split(2)])          # a few at a time
         if not x.isfinite().all():
             raise FloatingPointError("the decoder gives NaN or infinity: need smaller scales or another --vae")
+    x = x.expand(-1, 3, -1, -1)
     return rearrange(((x + 1) * 127.5).round().clamp(0, 255), "b c h w -> b h w c").to(torch.uint8).cpu().numpy()
 
 
@@ -437,19 +438,26 @@ def draw_grid(table: Sequence[Sequence[np.ndarray]], labels: Sequence[str]) -> I
 @contextmanager
 def whole_file(path: Path, keep: bool = True) -> Iterator[Path]:
     """A path beside `path` to write to, renamed when all is written, so that `path` is never half there. A link to a
-    file is followed.  keep: False only tries to write.  Raises ValueError where `path` cannot be written."""
+    file is followed, and a file keeps its mode.  keep: False only tries to write.
+
+    Raises ValueError where `path` cannot be written, or not replaced (on Windows, while another program has it open):
+    then it says where the new file is."""
     try:
-        str(path).encode()                                                # a lone surrogate could not be printed
         target = Path(os.path.realpath(path))
+        old = target.is_file() and os.access(target, os.W_OK)
+        if os.path.lexists(path) and not old:
+            raise OSError("is no regular file, or is read-only")
         beside = target.with_name(f".{platform.node()}-{os.getpid()}-{time.time_ns()}.tmp")
-        with suppress(FileNotFoundError):                                 # a new name
-            os.lstat(path)
-            if not (target.is_file() and os.access(target, os.W_OK)):
-                raise OSError("is no regular file, or is read-only")
         try:
             yield beside
-            if keep:
-                beside.replace(target)
+            if keep and old:
+                shutil.copymode(target, beside)
+            try:
+                if keep:
+                    beside.replace(target)
+            except PermissionError as error:
+                other = beside.replace(target.with_name(f"{target.stem}-{time.time_ns()}{target.suffix}"))
+                raise ValueError(f"{path}: cannot be replaced ({error.strerror}): written is {other}") from None
         finally:
             beside.unlink(missing_ok=True)
     except (OSError, UnicodeError) as error:
@@ -474,37 +482,51 @@ def save_png(image: Image.Image, path: Path, settings: Settings, **more):
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that sampler.py shares with the scripts in demo/ and bench/: all but those of the outputs."""
+def plain_parser(description: str) -> argparse.ArgumentParser:
+    """One whose errors are ValueErrors, for `one_line_errors`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.error, add = lambda message: need(False, f"{message}: see --help"), parser.add_argument
-    add("--ckpt", type=Path, default=DEMO, help="the checkpoint, a file or a diffusers folder (default: the demo's)")
-    add("--vae", type=Path, help="the decoder of a latent checkpoint: sd-vae-ft-ema or -mse, a folder or a file")
-    add("--heads", type=int, help="attention heads, where a checkpoint is none of DiT-S, B, L, XL")
-    add("--flow", choices=["rf", "sit"], help="the checkpoint predicts a velocity: rectified flow's, or SiT's")
-    add("--emag", type=float, metavar="W_E", help="EMAG scale w_e: 1 is off, 0 takes the negative for the prediction")
-    add("--cfg", type=float, metavar="W", help="CFG scale w: 1 is off")
-    add("--guide-channels", type=int, metavar="N", help="guide the first N channels alone (official DiT code: 3)")
-    add("--uncond", action="store_true", help="from the null condition alone, no CFG (published w_e for DiT: 7)")
-    add("--sampler", choices=[name for group in SAMPLERS.values() for name in group])
-    add("--steps", type=int, metavar="N")
-    add("--eta", type=float, help="ddim's noise: 0 none, 1 as ddpm (default 0)")
-    add("--layers", metavar="A-B", help="candidate blocks, counted from 0")
-    add("--beta", type=float, help="EMA decay β in [0, 1]")
-    add("--strength", type=float, help="blend λ in [0, 1]")
-    add("--variant", choices=["map", "image", "query"], help="EMAG, EMAG-I (in a DiT the same as EMAG), or EMAG-Q")
-    add("--threshold", type=float, metavar="Z", help="select every block with z ≥ Z beside the argmax")
-    add("--window", type=float, nargs=3, metavar=("START", "APPLY", "STOP"), help="1 ≥ START ≥ APPLY ≥ STOP ≥ 0")
-    add("--apg", type=float, nargs="*", metavar="ETA NORM MOMENTUM", help="APG for CFG's formula (default 0 5 -0.5)")
-    add("--cads", type=float, nargs="*", metavar="TAU1 TAU2 S PSI", help="CADS (default 0.6 0.9, embedding std / 4, 1)")
-    add("--classes", metavar="all|LIST", help="by number, or by name where there are names (default: the checkpoint's)")
-    add("--num", type=int, help="images in all, dealt to the classes in turn")
-    add("--batch", type=int, metavar="B", help="images drawn together (default 24)")
-    add("--seed", type=int, metavar="S", help="of the noise (default 0)")
-    add("--device", default="auto", help="auto takes cuda where there is one, else cpu")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: bfloat16 on cuda")
+    parser.error = lambda message: need(False, f"{message}: see --help")
     return parser
+
+
+def make_parser(description: str) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
+    """The flags that sampler.py shares with the scripts in demo/ and bench/, and the group that takes their outputs."""
+    parser, otherwise = plain_parser(description), "default: those of --like, or else what the checkpoint recommends"
+    add = parser.add_argument_group("model").add_argument
+    add("--ckpt", type=Path, default=DEMO, metavar="PATH", help="a file, or a diffusers folder (default: the demo's)")
+    add("--vae", type=Path, metavar="PATH", help="the decoder of latents, sd-vae-ft-ema or -mse (default: none)")
+    add("--device", default="auto", help="cpu, cuda, or mps, untested on a Mac (default: auto, cuda if there is one)")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the network (default: auto, bfloat16 on cuda, else float32)")
+    add("--heads", type=int, help="of attention, where it is none of DiT-S, B, L, XL (default: the checkpoint's)")
+    add("--flow", choices=FLOWS, help="a velocity as of rectified flow, SiT or REPA (default: the checkpoint's)")
+    add = parser.add_argument_group("guidance", otherwise).add_argument
+    add("--cfg", type=float, metavar="W", help="CFG scale: 1 is off")
+    add("--emag", type=float, metavar="W_E", help="EMAG scale: 1 is off, 0 takes the negative for the prediction")
+    add("--layers", metavar="LIST", help="the candidate blocks, counted from 0, such as 4-7 or 4,6")
+    add("--beta", type=float, metavar="B", help="EMA decay β")
+    add("--strength", type=float, metavar="L", help="blend λ")
+    add("--variant", choices=["map", "image", "query"], help="EMAG, EMAG-I (in a DiT the same), or EMAG-Q")
+    add("--threshold", type=float, metavar="Z", help="select every block with z ≥ Z beside the argmax")
+    add("--window", type=float, nargs=3, metavar=("START", "APPLY", "STOP"),
+        help="1 ≥ START ≥ APPLY ≥ STOP ≥ 0: of the steps left")
+    add("--guide-channels", type=int, metavar="N", help="guide the first so many alone; official DiT code: 3")
+    add("--uncond", action="store_const", const=True, help="the null condition alone, no CFG; published W_E for DiT: 7")
+    add("--apg", type=float, nargs="*", metavar="ETA NORM MOMENTUM", help="APG for CFG's formula; no numbers: 0 5 -0.5")
+    add("--cads", type=float, nargs="*", metavar="TAU1 TAU2 S PSI", help="CADS; no numbers: 0.6 0.9 EMBEDDING_STD/4 1")
+    add = parser.add_argument_group("sampling", otherwise).add_argument
+    add("--like", type=Path, metavar="FILE.png", help="the settings of a picture that these scripts drew; flags win")
+    add("--sampler", choices=["euler", "heun", "ddim", "ddpm"], help="two of velocity, two of noise")
+    add("--steps", type=int, metavar="N", help="of the sampler")
+    add("--eta", type=float, metavar="E", help="ddim's noise: 0 none, 1 as ddpm")
+    add("--classes", metavar="all|LIST", help="by number, or by name where there are names")
+    add("--num", type=int, metavar="N", help="images in all, dealt to the classes in turn; else some of each")
+    add("--batch", type=int, metavar="N", help="images drawn together")
+    add("--seed", type=int, metavar="N", help="of the noise")
+    output = parser.add_argument_group("output")
+    output.add_argument("--verbose", action="store_true", help="print all settings as JSON (default: a line)")
+    return parser, output
 
 
 def parse_numbers(flag: str, parts: Sequence[int | str], count: int, names: Sequence[str] = ()) -> list[int]:
@@ -513,94 +535,152 @@ def parse_numbers(flag: str, parts: Sequence[int | str], count: int, names: Sequ
     for part in map(str, [] if list(parts) == ["all"] else parts):
         first, dash, last = (part, "", "") if part in known else part.partition("-")
         first, last = known.get(first, -1), known.get(last if dash else first, -1)
-        need(0 <= first <= last, f"{flag} {part!r:.60}: need all, or of 0…{count - 1} such as 0,1 or 0-1"
-             + (", or of " + ", ".join(names) if names else ""))
+        if not 0 <= first <= last:
+            nearest = sorted(names, key=lambda name: -difflib.SequenceMatcher(None, part[:60], name).ratio())
+            raise ValueError(f"{flag} {part!r:.60}: need all, or of 0…{count - 1} such as 0,1 or 0-1"
+                             + (", or of " + ", ".join(nearest) if names else ""))
         numbers += range(first, last + 1)
     return numbers or list(range(count))
 
 
+def read_settings(path: Path) -> Settings:
+    """Those in a picture's text chunk. Raises ValueError where there are none, or they cannot be used."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found = json.loads(image.text["settings"])
+        return Settings(**{field.name: found[field.name] for field in dataclasses.fields(Settings)})
+    except Exception as error:                                            # of a file that may hold anything
+        raise ValueError(f"--like {path}: holds no settings that can be used ({error!s:.200}): need a PNG that one of "
+                         "these scripts drew") from None
+
+
+def load(args: argparse.Namespace, like: Settings | None) -> tuple[DiT, dict, LatentDecoder | None, dict]:
+    """(model, meta, decoder or None, what Settings says of these files), all on the CPU in float32."""
+    (model, meta), name, latents = load_dit(args.ckpt, args.heads), args.ckpt.name, getattr(args, "latents", None)
+    ours, weights, channels = "flow" in meta, fingerprint(model), model.config["in_channels"]
+    need(not like or like.weights == weights,
+         f"--like {args.like}: was drawn with other weights than {name} has: need --ckpt {like and like.checkpoint}")
+    need(not (args.flow and ours), f"--flow {args.flow}: {name} says what it predicts: leave the flag out")
+    if args.flow:
+        meta = meta | dict(prediction="velocity", flow=args.flow)
+    need(args.vae or latents or not meta["latent"],
+         f"{name} samples latents: need --vae sd-vae-ft-ema, or sampler.py --latents FILE.npy")
+    decoder = load_decoder(args.vae, channels) if args.vae else None
+    if not (ours or decoder or latents):
+        print(f"{name}: taken for pixels in [-1, 1], {'grey' if channels == 1 else 'RGB'}")
+    return model, meta, decoder, dict(
+        heads=model.config["num_heads"], flow=meta.get("flow", "rf") if meta["prediction"] == "velocity" else None,
+        checkpoint=name, weights=weights, vae=decoder and fingerprint(decoder))
+
+
 def prepare(args: argparse.Namespace, per_class: int = 8) -> tuple:
-    """(model, meta, decoder or None, Settings, one class per image): as the flags say, else as the checkpoint says.
+    """(model, meta, decoder or None, Settings, one class per image). A flag wins over --like, and that over what the
+    checkpoint recommends.
     per_class: images per class where --num is not given.  Raises ValueError where flags or files are wrong."""
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"     # torchrun: one each
     device = gpu if args.device == "auto" else args.device
     try:
-        torch.ones(1, dtype=torch.float64, device=device).item()
+        torch.empty(1, device=device)
     except Exception:                                                     # each kind of device has errors of its own
-        raise ValueError(f"--device {device}: not usable here, or without float64: need auto, cpu or cuda") from None
-    (model, meta), name = load_dit(args.ckpt, args.heads), args.ckpt.name
-    need(not (args.flow and "flow" in meta), f"--flow {args.flow}: {name} says what it predicts: leave the flag out")
-    meta = meta | dict(prediction="velocity", flow=args.flow) if args.flow else meta
-    samplers, names, depth = SAMPLERS[meta["prediction"]], meta["class_names"], len(model.blocks)
-    decodes, channels = meta["latent"] and not getattr(args, "latents", None), model.config["in_channels"]
-    need(args.vae or not decodes, f"{name} samples latents: need --vae sd-vae-ft-ema, or sampler.py --latents FILE.npy")
-    need(decodes or not args.vae, f"--vae {args.vae}: nothing is to be decoded: leave it out")
-    decoder = load_decoder(args.vae, channels).to(device) if args.vae else None
+        raise ValueError(f"--device {device}: not usable here: need auto, cpu, cuda or mps") from None
+    like = args.like and read_settings(args.like)
+    model, meta, decoder, facts = load(args, like)
+    name, names, depth, config = args.ckpt.name, meta["class_names"], len(model.blocks), model.config
     try:
         layers = range(depth * 12 // 28, max(depth * 16 // 28, depth * 12 // 28 + 1))
-        settings = Settings(**PUBLISHED[meta["prediction"]] | dict(layers=layers) | (meta["settings"] or {}))
+        settings = like or Settings(**PUBLISHED[meta["prediction"]] | dict(layers=layers) | (meta["settings"] or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{args.ckpt}: recommends settings that cannot be used: {error}") from None
 
     given = {flag: value for flag, value in vars(args).items() if value is not None and flag in vars(settings)}
-    for flag, count, known in (("layers", depth, ()), ("classes", model.null_class, names)):
+    for flag, count, known in (("layers", depth, ()), ("classes", config["num_classes"], names)):
         parts = given[flag].split(",") if flag in given else getattr(settings, flag)
         given[flag] = parse_numbers(f"--{flag}", parts, count, known)
     if args.uncond and args.cfg is None:
         given["cfg"] = 1.0
     if args.apg == []:
-        given["apg"] = [0.0, 5.0, -0.5]                                   # the APG paper's for DiT-XL/2
+        given["apg"] = settings.apg or [0.0, 5.0, -0.5]                   # the APG paper's for DiT-XL/2
     if args.cads == []:
-        given["cads"] = [0.6, 0.9, round(model.y_embedder.embedding_table.weight.std().item() / 4, 4), 1.0]
-    given |= dict(heads=model.config["num_heads"], checkpoint=name, weights=fingerprint(model),
-                  flow=meta.get("flow", "rf") if meta["prediction"] == "velocity" else None,
-                  vae=decoder and fingerprint(decoder),
-                  dtype=args.dtype if args.dtype != "auto" else "bfloat16" if "cuda" in device else "float32")
-    settings, classes = dataclasses.replace(settings, **given), given["classes"]
+        std = model.y_embedder.embedding_table.weight.std().item()
+        given["cads"] = settings.cads or [0.6, 0.9, round(std / 4, 4), 1.0]
+    auto = like.dtype if like else "bfloat16" if "cuda" in device else "float32"
+    dtype = auto if args.dtype == "auto" else args.dtype
+    settings, classes = dataclasses.replace(settings, **given | facts | dict(dtype=dtype)), given["classes"]
+
+    samplers, channels = SAMPLERS[meta["prediction"]], config["in_channels"]
     need(settings.sampler in samplers, f"--sampler {settings.sampler}: {name} needs {' or '.join(samplers)}")
     need((settings.guide_channels or 1) <= channels, f"--guide-channels {settings.guide_channels}: need 1…{channels}")
-    need(settings.num or len(classes) <= 32,
-         f"--classes: {len(classes)} are too many for one grid: need --num, or some of "
-         + (", ".join(names) if names else "them, such as 0,1"))
+    need(model.null_class is not None or settings.cfg == 1 and not settings.uncond,
+         f"--cfg {settings.cfg:g}: {name} has no null class, which CFG and --uncond need: need --cfg 1")
+    need(settings.num or len(classes) <= 32, f"--classes: {len(classes)} are too many for a grid: need fewer, or --num")
     labels = [classes[i % len(classes)] for i in range(settings.num or len(classes) * per_class)]
     settings = dataclasses.replace(settings, num=len(labels), classes=[names[c] if names else c for c in classes])
-    return model.to(device, getattr(torch, settings.dtype)), meta, decoder, settings, labels
+    return model.to(device, getattr(torch, dtype)), meta, decoder and decoder.to(device), settings, labels
+
+
+def tell(text: str):
+    """Writes over the last line of stderr, where that is a terminal."""
+    if sys.stderr and sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"{text:{width}.{width}}", end="\r", file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A `watch` over all batches of a run: how many images are to go, the rate, and the time that is left."""
+
+    def __init__(self, images: int, steps: int):
+        self.to_go, self.steps, self.done, self.started = images, steps, 0.0, time.monotonic()
+
+    def __call__(self, step: Step):
+        share = len(step.x) / self.steps
+        self.done, self.to_go = self.done + share, self.to_go - share
+        rate = self.done / (time.monotonic() - self.started)
+        left = timedelta(seconds=max(0, round(self.to_go / rate)))
+        tell(f"{self.to_go:.1f} images to go, {rate:.3g} a second: {left} left" if self.to_go > share / 2 else "")
 
 
 def one_line_errors(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
-    """run(argv) as a command: returns 0, or 2 with one line on stderr where flags, files or numbers are wrong."""
+    """run(argv) as a command, which returns its exit code: 0; 2 with one line on stderr where flags, files or numbers
+    are wrong or memory is out; 130 with one line after Ctrl-C or SIGTERM. Characters that stdout lacks are escaped."""
     def main(argv: Sequence[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):                            # a notebook's has none, pythonw's is None
+                stream.reconfigure(errors="backslashreplace")
+        at_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return run(argv) or 0
-        except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-            text = " ".join(str(error).encode(errors="backslashreplace").decode().split())
-            print(f"{Path(run.__code__.co_filename).name}: {text}", file=sys.stderr)
-            return 2
+        except KeyboardInterrupt:
+            code, text = 130, "interrupted"
+        except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+            code, text = 2, str(error) or type(error).__name__
+        finally:
+            signal.signal(signal.SIGTERM, at_sigterm or signal.SIG_DFL)
+            tell("")
+        print(f"{Path(run.__code__.co_filename).name}: {' '.join(text.split())}", file=sys.stderr)
+        return code
 
     return main
 
 
 @one_line_errors
 def main(argv: Sequence[str] | None):
-    parser = make_parser(__doc__)
-    outs = parser.add_mutually_exclusive_group()
-    outs.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE.png", help="default: samples.png")
-    outs.add_argument("--latents", type=Path, metavar="FILE.npy", help="save what the network samples, (N, C, H, W)")
+    parser, output = make_parser(__doc__)
+    outs = output.add_mutually_exclusive_group()
+    outs.add_argument("--out", type=Path, default="samples.png", metavar="FILE.png", help="(default: samples.png)")
+    outs.add_argument("--latents", type=Path, metavar="FILE.npy", help="what is sampled, (N, C, H, W) (default: none)")
     args = parser.parse_args(argv)
-    need(os.environ.get("WORLD_SIZE", "1") == "1", "WORLD_SIZE: this draws in one process: several need bench/many.py")
     out, flag, suffix = (args.latents, "--latents", ".npy") if args.latents else (args.out, "--out", ".png")
     check_file(flag, out, suffix)
     model, meta, decoder, settings, labels = prepare(args)
-    num, steps, columns, started, parts = settings.num, settings.steps, len(settings.classes), time.monotonic(), []
+    num, columns, started, parts = settings.num, len(settings.classes), time.monotonic(), []
     need(args.latents or num <= 10**4, f"--num {num}: a grid has room for 10000: need bench/many.py")
-    print(json.dumps(dataclasses.asdict(settings)), flush=True)
+    print(json.dumps(dataclasses.asdict(settings)) if args.verbose else settings, flush=True)
+    progress = Progress(num, settings.steps)
     for start in range(0, num, settings.batch):
         part = slice(start, start + settings.batch)
-        watch = (lambda step: print(f"{start} of {num} images done, step {step.step + 1} of {steps}", end="\033[K\r",
-                                    file=sys.stderr, flush=True)) if sys.stderr and sys.stderr.isatty() else None
-        parts.append(sample(model, meta, labels[part], range(num)[part], settings, watch))
+        parts.append(sample(model, meta, labels[part], range(num)[part], settings, progress))
     if args.latents:
         with whole_file(out) as beside, beside.open("wb") as file:
             np.save(file, torch.cat(parts).float().cpu().numpy())
@@ -608,7 +688,7 @@ def main(argv: Sequence[str] | None):
         images = to_images(torch.cat(parts), decoder)
         table = [images[c::columns] for c in range(min(columns, num))]
         save_png(draw_grid(table, [str(name) for name in settings.classes]), out, settings)
-    print(f"{out}: {num} images, {settings.sampler} {steps} steps, {time.monotonic() - started:.1f} s")
+    print(f"{out}: {num} images, {settings.sampler} {settings.steps} steps, {time.monotonic() - started:.1f} s")
 
 
 if __name__ == "__main__":

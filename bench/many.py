@@ -6,6 +6,7 @@
 The same command goes on where a run was interrupted, with the same pixels: batch k holds images k·B … k·B + B − 1, no
 matter who draws it. An image that is there counts if it is whole and carries the settings of this run. The processes
 share nothing but the folder: process r of n draws batches r, r + n, …; then process 0 draws what is still missing.
+On a CPU each computes in one thread, since more would round otherwise: there, start as many processes as it has cores.
 """
 import dataclasses
 import json
@@ -19,11 +20,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sampler import (check_file, make_parser, need, one_line_errors, prepare, sample, save_png, to_images,  # noqa: E402
-                     whole_file)
+from sampler import (Progress, check_file, make_parser, need, one_line_errors, prepare, sample, save_png,  # noqa: E402
+                     to_images, whole_file)
 
 
 def read_processes() -> tuple[int, int]:
@@ -123,33 +125,36 @@ def save_npz(path: Path, num: int, side: int, read: Callable[[int], np.ndarray |
 
 @one_line_errors
 def main(argv: Sequence[str] | None):
-    parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, empty, or a run to go on with")
-    parser.add_argument("--npz", type=Path, metavar="FILE.npz", help="pack the images as arr_0 as well")
+    parser, output = make_parser(__doc__)
+    output.add_argument("--out", required=True, metavar="FOLDER", help="new, empty, or a run to go on with (needed)")
+    output.add_argument("--npz", type=Path, metavar="FILE.npz", help="pack the images as arr_0 as well (default: no)")
     args = parser.parse_args(argv)
     rank, processes = read_processes()
-    need(args.num is not None, "--num: say how many images to draw")
+    need(args.num is not None or args.like, "--num: say how many images to draw")
+    need(args.out, "--out '': need the name of a folder")
+    args.out = Path(args.out)
     if args.npz:
         check_file("--npz", args.npz, ".npz")
         remove_leftovers(args.npz.resolve().parent)
     check_folder(args.out)
     model, meta, decoder, settings, labels = prepare(args)
+    torch.set_num_threads(1)
     num, told = settings.num, json.loads(json.dumps(dataclasses.asdict(settings)))
     claim_folder(args.out, told, make=False)
     if rank == 0:
-        print(json.dumps(told), flush=True)
+        print(json.dumps(told) if args.verbose else settings, flush=True)
 
     side = model.config["input_size"] * (2 ** (len(decoder.decoder.up_blocks) - 1) if decoder else 1)
     file_of = lambda index: args.out / f"{index:06d}.png"                                             # noqa: E731
     read = lambda index: read_image(file_of(index), side, told | dict(index=index))                   # noqa: E731
-    starts, started = range(0, num, settings.batch), time.monotonic()
+    starts, started, progress = range(0, num, settings.batch), time.monotonic(), Progress(num, settings.steps)
     for start in [*starts[rank::processes], *(starts if rank == 0 and processes > 1 else ())]:
         part = slice(start, start + settings.batch)
         missing = [index for index in range(num)[part] if read(index) is None]
-        if rank == 0 and sys.stderr and sys.stderr.isatty():
-            print(f"{start} of {num} images", end="\033[K\r", file=sys.stderr, flush=True)
+        progress.to_go = (num - start) / processes
         if missing:
-            images = to_images(sample(model, meta, labels[part], range(num)[part], settings), decoder)
+            x = sample(model, meta, labels[part], range(num)[part], settings, progress if rank == 0 else None)
+            images = to_images(x, decoder)
             claim_folder(args.out, told)
             for index in missing:
                 save_png(Image.fromarray(images[index - start]), file_of(index), settings, index=index)

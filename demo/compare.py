@@ -1,19 +1,20 @@
 """Draws the same noise by several methods, one line each.
 
-    python demo/compare.py --out demo/compare.png      # no guidance, CFG, EMAG, EMAG and APG, EMAG and CADS
-    python demo/compare.py --methods cfg negative emag --out demo/negative.png
+    python demo/compare.py                                  # no guidance, CFG, EMAG, EMAG and APG, EMAG and CADS
+    python demo/compare.py --methods cfg negative emag
 
-The flags are those of sampler.py; --apg and --cads give their numbers.
+The flags are those of sampler.py; --apg and --cads give their numbers. A negative counts as one pass of the network,
+though it starts at the block that was selected.
 """
 import dataclasses
+import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sampler import (Settings, check_file, draw_grid, make_parser, need, one_line_errors, prepare,  # noqa: E402
-                     sample, save_png, to_images)
+from sampler import (Progress, Settings, check_file, draw_grid, make_parser, need, one_line_errors,  # noqa: E402
+                     prepare, sample, save_png, to_images)
 
 METHODS = ["none", "cfg", "negative", "emag", "apg", "cads"]
 
@@ -35,35 +36,35 @@ def lines_of(settings: Settings, methods: Sequence[str]) -> dict[str, Settings]:
 
 @one_line_errors
 def main(argv: Sequence[str] | None):
-    parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, default="samples.png", metavar="FILE.png", help="(default: samples.png)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["none", "cfg", "emag", "apg", "cads"],
+    parser, output = make_parser(__doc__)
+    output.add_argument("--out", type=Path, default="compare.png", metavar="FILE.png", help="(default: compare.png)")
+    output.add_argument("--methods", nargs="+", choices=METHODS, default=["none", "cfg", "emag", "apg", "cads"],
                         help="the lines; the negative is what EMAG guides away from (default: all but the negative)")
     args = parser.parse_args(argv)
     check_file("--out", args.out, ".png")
-    need(not args.uncond, "--uncond: the lines differ in CFG too, which needs a condition: leave it out")
-    need(1 not in (args.cfg, args.emag), "--cfg and --emag: the lines are with and without: need scales other than 1")
     args.apg, args.cads = args.apg or [], args.cads or []                 # by their defaults where no numbers are given
+    need(not args.uncond and 1 not in (args.cfg, args.emag),
+         "--uncond, --cfg and --emag: the lines are with and without: need a condition, and scales other than 1")
     model, meta, decoder, settings, labels = prepare(args, per_class=1)
-    need(settings.emag != 1, "--emag: the checkpoint recommends 1, which is off: need another")
+    need(settings.emag != 1, "--emag: the settings say 1, which is off: need another")
+    count, num = len(args.methods), settings.num
+    need(count * num <= 10**4, f"--num {num}: {count} lines of a grid have room for {10**4 // count} each")
+    print(json.dumps(dataclasses.asdict(settings)) if args.verbose else settings, flush=True)
 
-    sample(model, meta, labels[:1], [0], dataclasses.replace(settings, steps=1))      # so that no line is the first run
-    lines, table, titles = lines_of(settings, args.methods), [], []
+    lines, table, titles, rows = lines_of(settings, args.methods), [], [], []
+    model.register_forward_pre_hook(lambda model, inputs: rows.append(len(inputs[0])))
+    progress = Progress(count * num, settings.steps)
     for label, changed in lines.items():
-        images, seconds = [], 0.0
-        if sys.stderr and sys.stderr.isatty():
-            print(label.splitlines()[0], end="\033[K\r", file=sys.stderr, flush=True)
-        for start in range(0, settings.num, settings.batch):
-            part, started = slice(start, start + settings.batch), time.perf_counter()
-            x = sample(model, meta, labels[part], range(settings.num)[part], changed)
-            device, x = x.device, x.cpu()                                 # waits for a GPU
-            seconds += time.perf_counter() - started
-            images.extend(to_images(x.to(device), decoder))
+        images = []
+        for start in range(0, num, settings.batch):
+            part = slice(start, start + settings.batch)
+            images.extend(to_images(sample(model, meta, labels[part], range(num)[part], changed, progress), decoder))
         table.append(images)
-        titles.append(f"{label}\n{seconds / settings.num:.2g} s per image")
+        titles.append(f"{label}\n{sum(rows) / num:g} passes per image")
+        rows.clear()
     save_png(draw_grid(table, titles), args.out, settings,
              lines={label: dataclasses.asdict(changed) for label, changed in lines.items()})
-    print(f"{args.out}: {len(lines)} lines of {settings.num} images")
+    print(f"{args.out}: {count} lines of {num} images")
 
 
 if __name__ == "__main__":

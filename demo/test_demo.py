@@ -1,23 +1,26 @@
 """The command line: every flag acts, and the pictures of sampler.py, compare.py and trace.py show what the runs gave.
 What wrong input does is in bench/test_faults.py."""
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import emag as emag_module  # noqa: E402
 import sampler  # noqa: E402
 from dit import load_decoder, load_dit  # noqa: E402
-from test_emag import files, script  # noqa: E402, F401
+from test_emag import files, script, small_dit  # noqa: E402, F401
 
 
 def run_cli(capsys, *argv) -> tuple[int, str, str]:
-    code = sampler.main([str(arg) for arg in argv])
+    code = sampler.main(["--verbose", *map(str, argv)])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
@@ -97,11 +100,123 @@ def test_latent_checkpoints(argv, files, tmp_path, capsys):
     assert np.abs(np.asarray(Image.open(tmp_path / "grid.png")).astype(int) - np.asarray(expected)).max() <= 1
 
 
+def test_the_settings_are_one_line_unless_all_are_wanted(files, tmp_path, capsys):
+    argv = ["--ckpt", files / "flow.pt", "--num", 2, "--steps", 2, "--threshold", 0.5, "--out", tmp_path / "grid.png"]
+    assert sampler.main([str(arg) for arg in argv]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line == ("flow.pt: sampler euler, steps 2, cfg 2.25, emag 2.0, layers (1, 2, 3), beta 0.9, threshold 0.5, "
+                    "classes ('emu', 'cat'), num 2, seed 3, heads 4, flow rf")
+
+
 def test_progress_is_silent_where_stderr_is_no_terminal(files, tmp_path, capsys, monkeypatch):
-    for terminal in (False, True):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-        _, _, shown = run_cli(capsys, "--ckpt", files / "flow.pt", "--num", 2, "--out", tmp_path / "grid.png")
-        assert ("step 2 of 3" in shown) == terminal and "\n" not in shown
+    argv = ["--ckpt", files / "flow.pt", "--num", 3, "--batch", 2, "--out", tmp_path / "grid.png"]
+    assert run_cli(capsys, *argv)[2] == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    lines = [line.strip() for line in run_cli(capsys, *argv)[2].split("\r")]
+    assert len(lines) == 8 and lines[-3:] == [""] * 3                       # 2 batches of 3 steps; the last is cleared
+    for line, to_go in zip(lines[:5], ("2.3", "1.7", "1.0", "0.7", "0.3"), strict=True):
+        assert re.fullmatch(rf"{to_go} images to go, [\d.e+]+ a second: 0:00:\d\d left", line)
+    monkeypatch.setattr(sampler.time, "monotonic", iter((0.0, 8.0)).__next__)
+    sampler.Progress(images=10, steps=4)(SimpleNamespace(x=torch.empty(4, 1)))     # one image's worth in 8 seconds
+    assert capsys.readouterr().err.split("\r")[0].strip() == "9.0 images to go, 0.125 a second: 0:01:12 left"
+
+
+@pytest.mark.parametrize("path", ["sampler.py", "demo/compare.py", "demo/trace.py", "bench/many.py", "demo/train.py"])
+def test_help_says_what_holds_without_a_flag(path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script(path).main(["--help"])
+    text = capsys.readouterr().out
+    groups = re.split(r"^(?=\w+:$)", text, flags=re.MULTILINE)[1:]                 # a flag says it, or else its group
+    flags = [flag for group in groups for flag in re.split(r"\n  (?=--)", group)[1:] if "\n  default: " not in group]
+    assert ended.value.code == 0 and len(flags) >= 8
+    assert all("(default: " in re.sub(r"\s+", " ", flag) or flag.startswith("--out FOLDER") for flag in flags)
+    titles = [group.split(":")[0] for group in groups]
+    assert titles == ["options"] + ["model", "guidance", "sampling", "output"] * (path != "demo/train.py")
+
+
+@pytest.mark.parametrize("ckpt, flags", [
+    ("flow.pt", []), ("flow.pt", ["--classes", "1,cat", "--emag", 3, "--threshold", 0.1, "--seed", 5, "--num", 3]),
+    ("flow.pt", ["--uncond", "--window", 1, 0.9, 0.3]), ("eps.pt", ["--apg", "--cads", 0.5, 0.9, 0.1, 1, "--eta", 0.5]),
+    ("dit.pt", ["--flow", "sit", "--sampler", "heun", "--vae", "vae.bin", "--classes", "3,7", "--steps", 2])])
+def test_like_draws_a_picture_again(ckpt, flags, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    network = ["--vae", "vae.bin", "--flow", "sit"] if "--flow" in flags else []
+    assert run_cli(capsys, "--ckpt", ckpt, *flags, "--out", tmp_path / "one.png")[0] == 0
+    like = ["--ckpt", ckpt, *network, "--like", tmp_path / "one.png", "--out", tmp_path / "two.png"]
+    assert run_cli(capsys, *like)[0] == 0
+    one, two = (Image.open(tmp_path / f"{name}.png") for name in ("one", "two"))
+    assert one.text == two.text and one.tobytes() == two.tobytes()
+    assert run_cli(capsys, *like, "--seed", 77, "--num", 1)[0] == 0                       # flags beside it win
+    settings, changed = (json.loads(Image.open(tmp_path / f"{name}.png").text["settings"]) for name in ("one", "two"))
+    assert changed == settings | dict(seed=77, num=1)
+
+
+def test_like_reads_what_the_other_scripts_drew_and_they_read_it(files, tmp_path, capsys):
+    flags = ["--ckpt", str(files / "flow.pt"), "--num", "2", "--seed", "8"]
+    paths = {"sampler.py": "samples.png", "demo/compare.py": "c.png", "demo/trace.py": "t.png", "bench/many.py": "many"}
+    like = [*flags[:2], "--like", str(tmp_path / "samples.png"), "--out"]
+    for path, out in paths.items():
+        run = sampler.main if path == "sampler.py" else script(path).main
+        assert run([*(flags + ["--out"] if path == "sampler.py" else like), str(tmp_path / out)]) == 0
+    for out in ("c.png", "t.png", "many/000001.png"):
+        path, drawn = tmp_path / "again.png", tmp_path / "samples.png"
+        assert sampler.main([*flags[:2], "--like", str(tmp_path / out), "--out", str(path)]) == 0
+        again, settings = (json.loads(Image.open(each).text["settings"]) for each in (path, drawn))
+        assert again == settings | (dict(apg=again["apg"], cads=again["cads"]) if out == "c.png" else {})
+
+
+@pytest.mark.parametrize("flags", [[], ["--cads", 0.5, 0.9, 0.1, 1], ["--variant", "query", "--emag", 0]])
+def test_a_checkpoint_without_a_null_class(flags, files, tmp_path, capsys, monkeypatch):
+    """Its network is never asked for ∅, whose row is NaN here, and samples as with one."""
+    def without_null(path, heads):
+        model, meta = load_dit(path, heads)
+        model.y_embedder.embedding_table.weight[-1], model.null_class = torch.nan, None
+        return model, meta
+
+    argv, drawn = ["--ckpt", files / "flow.pt", "--cfg", 1, *flags, "--out", tmp_path / "grid.png"], []
+    for load in (load_dit, without_null):
+        monkeypatch.setattr(sampler, "load_dit", load)
+        assert run_cli(capsys, *argv)[0] == 0
+        drawn.append(Image.open(tmp_path / "grid.png").tobytes())
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("channels, kind", [(1, "grey"), (3, "RGB")])
+def test_pixels_of_foreign_checkpoints_are_drawn_as_told(channels, kind, files, tmp_path, monkeypatch, capsys):
+    model, path = small_dit(in_channels=channels).float(), tmp_path / "grid.png"
+    meta = dict(prediction="noise", class_names=[], settings={}, latent=False)
+    monkeypatch.setattr(sampler, "load_dit", lambda path, heads: (model, meta))
+    argv = ["--ckpt", files / "flow.pt", "--steps", 2, "--classes", "0,1", "--num", 2]
+    assert sampler.main([str(arg) for arg in [*argv, "--out", path]]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 3 and told[0] == f"flow.pt: taken for pixels in [-1, 1], {kind}"
+    pixels = np.asarray(Image.open(path))[4:100, -100:-4]
+    assert (pixels == pixels[..., :1]).all() == (channels == 1)
+    code, out, _ = run_cli(capsys, *argv, "--latents", tmp_path / "z.npy")
+    assert code == 0 and "taken for" not in out and np.load(tmp_path / "z.npy").shape == (2, channels, 8, 8)
+
+
+def test_no_float64_is_asked_of_a_device_that_has_none(files, monkeypatch):
+    """Apple's mps: the network, its embeddings and the decoder get float32."""
+    class NoFloat64(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            assert not (isinstance(result, torch.Tensor) and result.dtype == torch.float64), function
+            return result
+
+    (model, meta), decoder = load_dit(files / "dit.pt"), load_decoder(files / "vae.bin")
+    for module in (model, model.y_embedder, decoder):
+        monkeypatch.setattr(module, "forward", lambda *args, run=module.forward: inside(run, *args))
+
+    def inside(run, *args):
+        with NoFloat64():
+            assert all(each.dtype in (torch.float32, torch.int64) for each in args)
+            return run(*args)
+
+    settings = sampler.Settings(emag=2.0, cfg=2.0, layers=[5, 6], sampler="ddpm", steps=3, apg=[0, 5, -0.5],
+                                cads=[0.1, 0.9, 0.1, 1])
+    x = sampler.sample(model, meta, [1, 2], range(2), settings)
+    assert x.dtype == torch.float64 and sampler.to_images(x, decoder).shape == (2, 64, 64, 3)
 
 
 def test_compare_draws_what_each_guidance_draws_alone(files, tmp_path, monkeypatch):
@@ -115,7 +230,8 @@ def test_compare_draws_what_each_guidance_draws_alone(files, tmp_path, monkeypat
     for (title, images), (label, line), (name, changes) in zip(drawn.items(), lines.items(), {
             "no guidance": dict(cfg=1.0, emag=1.0), "CFG": dict(emag=1.0), "EMAG": {},
             "EMAG + APG": dict(apg=[0.5, 4, -0.25]), "EMAG + CADS": dict(cads=settings["cads"])}.items(), strict=True):
-        assert title.startswith(label) and label.split("\n")[0] == name
+        passes = 3 * (1 + (line["cfg"] != 1) + (line["emag"] != 1))       # round(0.8·2) is 2: all steps are perturbed
+        assert title == f"{label}\n{passes} passes per image" and label.split("\n")[0] == name
         assert line == settings | dict(apg=None, cads=None) | changes
         expected = sampler.to_images(sampler.sample(model, meta, [2, 0, 2], range(3), sampler.Settings(**line)))
         assert np.abs(np.stack(images).astype(int) - expected).max() <= 1

@@ -1,8 +1,9 @@
 """Draws what EMAG did to one batch: scores, choices, and how the negative differs from the clean prediction.
 
-    python demo/trace.py --classes face-smiling,country-flag --out demo/trace.png             # the flags of sampler.py
+    python demo/trace.py --classes face-smiling,country-flag                                  # the flags of sampler.py
 """
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dit import LatentDecoder  # noqa: E402
 from emag import Window  # noqa: E402
-from sampler import (Settings, Step, check_file, make_parser, need, one_line_errors, prepare, sample,  # noqa: E402
-                     save_png, to_images, to_x0)
+from sampler import (Progress, Settings, Step, check_file, make_parser, need, one_line_errors, prepare,  # noqa: E402
+                     sample, save_png, to_images, to_x0)
 
 
 class Trace:
@@ -149,8 +150,8 @@ def draw(trace: Trace, prediction: str, decoder: LatentDecoder | None) -> Image.
 
 @one_line_errors
 def main(argv: Sequence[str] | None):
-    parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, default="samples.png", metavar="FILE.png", help="(default: samples.png)")
+    parser, output = make_parser(__doc__)
+    output.add_argument("--out", type=Path, default="trace.png", metavar="FILE.png", help="(default: trace.png)")
     args = parser.parse_args(argv)
     check_file("--out", args.out, ".png")
     model, meta, decoder, settings, labels = prepare(args)
@@ -159,8 +160,10 @@ def main(argv: Sequence[str] | None):
         settings = dataclasses.replace(settings, num=min(settings.num, settings.batch))
     need(settings.num <= settings.batch,
          f"--num {settings.num}: the trace is of one batch: need at most {settings.batch}, or a larger --batch")
+    print(json.dumps(dataclasses.asdict(settings)) if args.verbose else settings, flush=True)
     trace = Trace(settings, model.config["input_size"] // model.config["patch_size"])
-    sample(model, meta, labels[:settings.num], range(settings.num), settings, trace)
+    progress, num = Progress(settings.num, settings.steps), settings.num
+    sample(model, meta, labels[:num], range(num), settings, lambda step: (trace(step), progress(step)))
     save_png(draw(trace, meta["prediction"], decoder), args.out, settings)
     print(f"{args.out}: {settings.num} samples, {len(trace.perturbed)} of {settings.steps} steps perturbed")
 

@@ -8,16 +8,20 @@
 Rectified flow (velocity): x_t = (1 − t)·x₀ + t·ε, the network predicts v = ε − x₀ at network time 1000·t.
 DDPM (noise): x_i = √ᾱ_i·x₀ + √(1−ᾱ_i)·ε on the linear schedule, the network predicts ε at network time i = 0…999.
 """
-import argparse
 import copy
+import importlib.util
 import io
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +33,7 @@ from torch.overrides import TorchFunctionMode
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from dit import DiT, load_dit  # noqa: E402
-from sampler import ALPHAS_BAR, TRAIN_STEPS  # noqa: E402
+from sampler import ALPHAS_BAR, TRAIN_STEPS, check_file, need, one_line_errors, plain_parser, whole_file  # noqa: E402
 
 EMOJI = {"noto": "1.2.9", "twemoji": "1.2.5", "fluent-emoji-flat": "1.2.6", "fxemoji": "1.2.2", "emojione": "1.2.3",
          "noto-v1": "1.2.5", "fluent-emoji": "1.2.7", "streamline-emojis": "1.2.4"}
@@ -60,7 +64,11 @@ def fetch(package: str, folder: Path) -> tarfile.TarFile:
     """A package of the npm registry, name@version, fetched with npm where it is not there yet."""
     archive = folder / (re.sub("[/@]", "-", package).lstrip("-") + ".tgz")
     if not archive.exists():
-        subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        need(npm := shutil.which("npm"), f"{archive}: is not there, nor is npm, which fetches it: install npm")
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            done = subprocess.run([npm, "pack", "--silent", package], cwd=beside, capture_output=True, text=True)
+            need(done.returncode == 0, f"npm pack {package}: failed: need a network ({done.stderr.strip():.200})")
+            (Path(beside) / archive.name).replace(archive)
     return tarfile.open(archive)
 
 
@@ -146,7 +154,10 @@ def load_data(folder: Path) -> dict:
     """
     cache = folder / "emoji.npz"
     if not cache.exists():
+        need(importlib.util.find_spec("resvg_py"), "resvg_py draws the emoji and is not there: pip install resvg-py")
+        need(folder.is_dir() or not folder.exists(), f"--data {folder}: is no folder: need one, or a new name")
         folder.mkdir(parents=True, exist_ok=True)
+        check_file("--data", cache, ".npz")
         archives = {name: fetch(f"@iconify-json/{name}@{version}", folder)
                     for name, version in (EMOJI | FLAGS).items()}
         codes, classes = unicode_emoji(archives, folder)
@@ -171,9 +182,14 @@ def load_data(folder: Path) -> dict:
         held_out = np.isin(code, code[first])
         keep = ~near_duplicates(images, held_out)
         class_names, labels = np.unique([classes[c] for c in code], return_inverse=True)
-        np.savez_compressed(cache, class_names=class_names, images=images[keep], labels=labels[keep],
-                            names=np.array(names)[keep], held_out=held_out[keep], first=first[keep])
-    return dict(np.load(cache))
+        with whole_file(cache) as beside, beside.open("wb") as file:
+            np.savez_compressed(file, class_names=class_names, images=images[keep], labels=labels[keep],
+                                names=np.array(names)[keep], held_out=held_out[keep], first=first[keep])
+    try:
+        with np.load(cache) as data:
+            return {name: data[name] for name in ("images", "labels", "class_names", "names", "held_out", "first")}
+    except Exception as error:                                                        # of a file that may hold anything
+        raise ValueError(f"{cache}: cannot be read ({error}): delete it, and it is drawn again") from None
 
 
 def margins(images: np.ndarray) -> np.ndarray:
@@ -241,37 +257,60 @@ def save_checkpoint(path: Path, ema: dict, prediction: str, images_seen: int, cl
     weights = {name: tensor.half() for name, tensor in ema.items()}
     meta = dict(prediction=prediction, class_names=class_names, settings=SETTINGS | SAMPLING[prediction],
                 images_seen=images_seen)
-    replace(path, dict(model=weights, config=CONFIG | dict(num_classes=len(class_names)), meta=meta))
+    save(path, dict(model=weights, config=CONFIG | dict(num_classes=len(class_names)), meta=meta))
 
 
-def replace(path: Path, content):
-    """Writes beside the file and renames, so that an interruption leaves the old file whole."""
-    beside = path.with_suffix(".tmp")
-    torch.save(content, beside)
-    beside.replace(path)
+def load_state(path: Path, device: str) -> dict:
+    """What `save` left of an interrupted run. Raises ValueError where it is not that."""
+    need(path.is_file(), f"--resume: {path} is not there: need the --out of an interrupted run")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        return {name: state[name] for name in ("net", "ema", "step", "seen", "optimizers")}
+    except Exception as error:                                                        # of a file that may hold anything
+        raise ValueError(f"--resume: {path} cannot be read ({error!s:.99}): need an interrupted run's state") from None
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=3_000_000,
-                        help="to train on in all, those of --start included; the rate falls over the last 30%%")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop here, for --resume to go on")
-    parser.add_argument("--resume", action="store_true", help="go on from the last saved state of this run")
-    parser.add_argument("--start", type=Path, help="checkpoint whose weights the run starts from, of either prediction")
-    parser.add_argument("--predict", choices=["velocity", "noise"], default="velocity")
-    parser.add_argument("--out", type=Path, help="default: emoji-flow.pt or emoji-eps.pt beside this script")
-    parser.add_argument("--data", type=Path, default=HERE / "data", help="where the emoji are kept")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    args = parser.parse_args()
+def save(path: Path, content):
+    with whole_file(path) as beside:
+        torch.save(content, beside)
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None):
+    parser = plain_parser(__doc__)
+    parser.add_argument("--images", type=int, default=3_000_000, help="to train on in all, those of --start included; "
+                        "the rate falls over the last 30%% (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop then, for --resume (default: never)")
+    parser.add_argument("--resume", action="store_true", help="from the last saved state of this run (default: no)")
+    parser.add_argument("--start", type=Path, help="checkpoint whose weights the run starts from, of either prediction "
+                        "(default: none)")
+    parser.add_argument("--predict", choices=["velocity", "noise"], default="velocity", help="(default: velocity)")
+    parser.add_argument("--out", type=Path, help="(default: emoji-flow.pt or emoji-eps.pt beside this script)")
+    parser.add_argument("--data", type=Path, default=HERE / "data", help="where emoji are kept (default: demo/data)")
+    parser.add_argument("--batch", type=int, default=256, help="images of a step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: %(default)s)")
+    args = parser.parse_args(argv)
     out = args.out or HERE / {"velocity": "emoji-flow.pt", "noise": "emoji-eps.pt"}[args.predict]
     at = {"velocity": velocity_at, "noise": noise_at}[args.predict]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
+    need(args.images > 0, f"--images {args.images}: need a whole number above 0")
+    need(args.minutes > 0, f"--minutes {args.minutes}: need a number above 0")
+    need(0 < args.lr <= 1, f"--lr {args.lr}: need a number above 0, at most 1")
+    need(args.batch > 0, f"--batch {args.batch}: need a whole number above 0")
+    state_file = out.with_suffix(".state")
+    check_file("--out", out, ".pt")
+    check_file("--out", state_file, ".state")
+    start = args.start and load_dit(args.start)
+    need(not start or start[0].config.items() >= CONFIG.items(),
+         f"--start {args.start}: is of another size: need a checkpoint of this script")
+    resumed = args.resume and load_state(state_file, device)
 
     data = load_data(args.data)
     class_names, held_out = data["class_names"].tolist(), data["held_out"]
     images, labels = data["images"][~held_out], data["labels"][~held_out]
+    need(args.batch <= len(images), f"--batch {args.batch}: need at most {len(images)}, all images to train on")
+    need(hasattr(torch.optim, "Muon"), f"torch {torch.__version__} has no torch.optim.Muon: need 2.9 or later")
     flipped, room = ~np.isin(class_names, UNFLIPPED), margins(images)
     held_out_x0 = torch.from_numpy(data["images"][held_out]).to(device) / 127.5 - 1
     held_out_y = torch.from_numpy(data["labels"][held_out]).to(device)
@@ -280,30 +319,26 @@ def main():
 
     net = DiT(**CONFIG, num_classes=len(class_names)).to(device)
     seen = step = 0
-    if args.start:
-        start, meta = load_dit(args.start)
+    if start:
+        start, meta = start
         state, known = start.state_dict(), meta["class_names"]
         # A class that the start does not know begins as its null class, the last row.
         rows = [known.index(name) if name in known else len(known) for name in class_names + [None]]
         state["y_embedder.embedding_table.weight"] = state["y_embedder.embedding_table.weight"][rows]
         net.load_state_dict(state)
-        seen = meta["images_seen"] if meta["prediction"] == args.predict else 0
+        seen = meta.get("images_seen", 0) if meta["prediction"] == args.predict else 0
     ema = {name: tensor.detach().clone() for name, tensor in net.state_dict().items()}
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     matrices = [p for name, p in trained.items() if p.ndim == 2 and name.startswith("blocks.")]
     others = [p for name, p in trained.items() if p.ndim != 2 or not name.startswith("blocks.")]
     optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.99), weight_decay=0)]
-    state_file = out.with_suffix(".state")
-    if args.resume:
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        net.load_state_dict(state["net"])
-        ema, step, seen = state["ema"], state["step"], state["seen"]
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
+    if resumed:
+        net.load_state_dict(resumed["net"])
+        ema, step, seen = resumed["ema"], resumed["step"], resumed["seen"]
+        for optimizer, saved in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(saved)
-
-    if seen >= args.images:
-        parser.error(f"--images {args.images}: {seen} have been trained on already: give a larger number")
+    need(seen < args.images, f"--images {args.images}: {seen} have been trained on already: give a larger number")
 
     # The passes run on a bfloat16 copy of the weights; the optimizers and the moving average work on float32.
     fast = copy.deepcopy(net).bfloat16()
@@ -350,9 +385,9 @@ def main():
         if now - saved_at > 300 or finished:
             saved_at = now
             save_checkpoint(out, ema, args.predict, seen, class_names)
-            replace(state_file, dict(net=net.state_dict(), ema=ema, step=step, seen=seen,
-                                     optimizers=[optimizer.state_dict() for optimizer in optimizers]))
+            save(state_file, dict(net=net.state_dict(), ema=ema, step=step, seen=seen,
+                                  optimizers=[optimizer.state_dict() for optimizer in optimizers]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,21 +1,23 @@
-"""EMAG in the official SiT code (willisma/SiT), to be run from a checkout of it with emag.py beside it.
+"""EMAG in the official SiT code (willisma/SiT), whose checkout must be on Python's path.
 
 Blocks: `model.blocks`; all tokens are image tokens.
 CFG: `forward_with_cfg`, as in DiT's code: one call per step, the conditional half first, three of four channels
 guided.
 Sampler: Euler, which on n + 1 times makes n calls. The default, dopri5, chooses its own steps: nobody knows their
-number, and E would average over as many as it happens to need.
+number, and E would average over as many as it happens to need. SDE samplers call the model twice per step with the
+same inputs; `guide` counts that as one step and guides both.
 Settings: none published for SiT; the candidates of DiT-XL/2, whose network it is, and SD3's window, since it is a
 flow.
 """
 import torch
 
-from emag import guide
+from guide import guide
 
 
-def draw(model, sampler, labels, size=32, steps=50, scale=1.5, cfg_scale=1.5):
-    """Latents (len(labels), 4, size, size). labels: a list of classes; sampler: transport's `Sampler`."""
+def draw(model, sampler, labels, steps=50, scale=1.5, cfg_scale=1.5):
+    """Latents (len(labels), 4, height, width). labels: a list of classes; sampler: transport's `Sampler`."""
     weight = model.pos_embed
+    size = model.patch_size * round(weight.shape[1] ** 0.5)
     noise = torch.randn(len(labels), 4, size, size, device=weight.device, dtype=weight.dtype)
     classes = torch.tensor([*labels, *[model.y_embedder.num_classes] * len(labels)], device=weight.device)
     sample = sampler.sample_ode(sampling_method="euler", num_steps=steps + 1)
@@ -25,16 +27,22 @@ def draw(model, sampler, labels, size=32, steps=50, scale=1.5, cfg_scale=1.5):
     return latents[:len(labels)]
 
 
-if __name__ == "__main__":
+def main(args):
     from diffusers import AutoencoderKL
     from download import find_model
     from models import SiT_XL_2
     from torchvision.utils import save_image
     from transport import Sampler, create_transport
 
-    model = SiT_XL_2(input_size=32, num_classes=1000, learn_sigma=True).to("cuda").eval()
+    model = SiT_XL_2(input_size=32, num_classes=1000, learn_sigma=True).to(args.device).eval()
     model.load_state_dict(find_model("SiT-XL-2-256x256.pt"))
-    torch.manual_seed(0)
-    latents = draw(model, Sampler(create_transport()), labels=[207, 360, 387, 974])
-    vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-ema").to("cuda")
-    save_image(vae.decode(latents / 0.18215).sample, "sit.png", normalize=True, value_range=(-1, 1))
+    torch.manual_seed(args.seed)
+    labels = [int(label) for label in args.prompt.split(",")]
+    latents = draw(model, Sampler(create_transport()), labels, scale=args.emag)
+    vae = AutoencoderKL.from_pretrained("stabilityai/sd-vae-ft-ema").to(args.device)
+    save_image(vae.decode(latents / 0.18215).sample, args.out, normalize=True, value_range=(-1, 1))
+
+
+if __name__ == "__main__":
+    from command import command
+    command(__doc__, main, out="sit.png", prompt="207,360,387,974")

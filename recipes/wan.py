@@ -11,31 +11,41 @@ held (EMAG-Q): 192 MiB per candidate and video in the 1.3B model, 640 MiB in the
 """
 from contextlib import ExitStack
 
-from emag import guide
+from guide import guide
 
 
-def draw(pipe, steps=50, scale=1.5, guidance_scale=5.0, **inputs):
-    """The pipeline's videos. inputs: what else `pipe` takes, at least a prompt and a negative_prompt."""
-    pipe.scheduler.set_timesteps(steps)
-    boundary = (pipe.config.boundary_ratio or 0) * pipe.scheduler.config.num_train_timesteps
-    noisier = int((pipe.scheduler.timesteps >= boundary).sum())
+def draw(pipe, scale=1.5, **inputs):
+    """The pipeline's videos. inputs: what `pipe` takes, at least a prompt and a negative_prompt."""
+    def noisier():                                        # steps of the first expert
+        boundary = (pipe.config.get("boundary_ratio") or 0) * pipe.scheduler.config.num_train_timesteps
+        return int((pipe.scheduler.timesteps[-pipe.num_timesteps:] >= boundary).sum())
+
+    def others():
+        return pipe.num_timesteps - noisier()
+
+    experts = (pipe.transformer, noisier), (getattr(pipe, "transformer_2", None), others)
     with ExitStack() as stack:
-        for expert, count in ((pipe.transformer, noisier), (pipe.transformer_2, steps - noisier)):
-            if expert is not None and count > 0:
+        for expert, steps in experts:
+            if expert is not None:
                 layers = range(len(expert.blocks) // 4, len(expert.blocks) * 3 // 8)
-                stack.enter_context(guide(expert, expert.blocks, layers, scale=scale, steps=count, calls=2,
+                stack.enter_context(guide(expert, expert.blocks, layers, scale=scale, steps=steps, calls=2,
                                           cond="first", variant="query"))
-        return pipe(num_inference_steps=steps, guidance_scale=guidance_scale, **inputs).frames
+        return pipe(**inputs).frames
 
 
-if __name__ == "__main__":
+def main(args):
     import torch
     from diffusers import AutoencoderKLWan, WanPipeline
     from diffusers.utils import export_to_video
 
     name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     vae = AutoencoderKLWan.from_pretrained(name, subfolder="vae", torch_dtype=torch.float32)
-    pipe = WanPipeline.from_pretrained(name, vae=vae, torch_dtype=torch.bfloat16).to("cuda")
-    videos = draw(pipe, prompt="a hummingbird at a flower", negative_prompt="blurred, static, low quality",
-                  generator=torch.manual_seed(0))
-    export_to_video(videos[0], "wan.mp4", fps=16)
+    pipe = WanPipeline.from_pretrained(name, vae=vae, torch_dtype=torch.bfloat16).to(args.device)
+    videos = draw(pipe, args.emag, prompt=args.prompt, negative_prompt="blurred, static, low quality",
+                  generator=torch.manual_seed(args.seed))
+    export_to_video(videos[0], args.out, fps=16)
+
+
+if __name__ == "__main__":
+    from command import command
+    command(__doc__, main, out="wan.mp4")
