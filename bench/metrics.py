@@ -43,7 +43,10 @@ def gaussian(x: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_distance(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
     """FD of two `gaussian`s: ‖μ_a − μ_b‖² + tr(C_a + C_b − 2(C_a·C_b)^½)."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    trace_of_root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    # C_a·C_b has the eigenvalues of the symmetric C_a^½·C_b·C_a^½, which are found safely where C_a is singular.
+    trace_of_root = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_of_root).item()
 
 
@@ -100,16 +103,3 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, decay: float = 0.0
 
     optimizer.step(loss)
     return lambda x: ((x.to(mean) - mean) / std) @ weight.detach() + bias.detach()
-
-
-def patch_distance(images: Tensor, reference: Tensor, projections: int = 128) -> float:
-    """Sliced Wasserstein distance ×1000 of the 7×7 patches of the finest level of a Laplacian pyramid (Karras et al.,
-    arXiv 1710.10196, section 5): it sees texture, not shape. Equally many images (N, 3, H, W) in [−1, 1] each."""
-    directions = torch.randn(projections, 147, generator=torch.Generator().manual_seed(0))
-    projected = []
-    for x in (images, reference):
-        x = x - F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
-        patches = F.unfold(x, 7, stride=2).transpose(1, 2).reshape(-1, 3, 49)
-        std, mean = torch.std_mean(patches, dim=(0, 2), keepdim=True)     # of each channel over the set
-        projected.append((((patches - mean) / std).flatten(1) @ F.normalize(directions).T).sort(dim=0).values)
-    return 1000 * (projected[0] - projected[1]).abs().mean().item()

