@@ -154,12 +154,12 @@ def load_data(folder: Path) -> dict:
     """
     cache = folder / "emoji.npz"
     if not cache.exists():
-        need(importlib.util.find_spec("resvg_py"), "resvg_py draws the emoji and is not there: pip install resvg-py")
         need(folder.is_dir() or not folder.exists(), f"--data {folder}: is no folder: need one, or a new name")
         folder.mkdir(parents=True, exist_ok=True)
         check_file("--data", cache, ".npz")
         archives = {name: fetch(f"@iconify-json/{name}@{version}", folder)
                     for name, version in (EMOJI | FLAGS).items()}
+        need(importlib.util.find_spec("resvg_py"), "resvg_py draws the emoji and is not there: pip install resvg-py")
         codes, classes = unicode_emoji(archives, folder)
         images, code, names = [], [], []
         for package, archive in archives.items():
