@@ -370,11 +370,11 @@ def is_close(new: Tensor, old: Tensor, module: nn.Module, other: Tensor | None =
     if new.shape != old.shape:
         return False
     off, size = (new - old).float().flatten(1).norm(dim=1), old.float().flatten(1).norm(dim=1)
-    allowed = torch.full_like(size, max(1e-3, 8 * eps))
+    allowed = max(1e-3, 8 * eps) * size
     if other is not None:
-        apart = (other - old).float().flatten(1).norm(dim=1) / size
-        allowed = torch.minimum(allowed, (apart / 4).clamp(min=max(1e-3, 2 * eps)))
-    return (off <= allowed * size).all()                              # left on the device: a GPU need not wait here
+        apart = (other - old).float().flatten(1).norm(dim=1)
+        allowed = allowed.minimum((apart / 4).maximum(max(1e-3, 2 * eps) * size))
+    return (off <= allowed).all()                                     # left on the device: a GPU need not wait here
 
 
 def _refuse_dropout(blocks: Sequence[nn.Module]):

@@ -1045,6 +1045,7 @@ def test_what_counts_as_equal_in_both_passes(case):
     assert not is_close(torch.cat([old.expand(63, -1), 1.1 * old]), old.expand(64, -1), module)      # one in a batch
     assert not is_close(far, old, module) and not is_close(far, old, module, old * 2)
     assert not is_close(old * (1 + 2e-3), old, module)
+    assert is_close(old * 0, old * 0, module, old * 0)                   # as a network gives that begins with zeros
     with torch.autocast("cpu", dtype=torch.bfloat16):                    # eight times its precision is 1/16
         assert is_close(far, old, module) and not is_close(further, old, module)
         assert is_close(far, old, module, old * 0.8) and not is_close(far, old, module, old * 0.9)
