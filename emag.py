@@ -39,9 +39,9 @@ def deviation(ema: Tensor, attn: Tensor) -> Tensor:
 
     Δ_t = mean over heads, queries, keys of |E_t − A_t|
     """
-    dtype = torch.promote_types(ema.dtype, torch.float32)             # float16 cannot hold the sum
-    # `mean` adds in pairs. One number after the other, a sum in float32 loses up to 5% of a map's 18 million.
-    return (ema - attn).abs_().flatten(1).mean(dim=1, dtype=dtype)
+    gap = F.smooth_l1_loss(ema, attn, reduction="none", beta=1e-30)   # |E − A|, in one pass over a map's 18 million
+    # `mean` adds in pairs. One number after the other, a sum in float32 loses up to 5%, and float16 cannot hold it.
+    return gap.flatten(1).mean(dim=1, dtype=torch.promote_types(ema.dtype, torch.float32))
 
 
 def zscore(dev: Tensor) -> Tensor:
@@ -163,6 +163,7 @@ class EMAG:
         self.trace: list[Observation] = []                     # one entry per observed step
         self._ema: dict[int, list[Tensor]] | None = {}         # candidate → E, in chunks of heads; None: half advanced
         self._shapes: tuple | None = None                      # image tokens, and the candidates' queries and keys
+        self._eps = 0.0                                        # `precision` of the blocks
         self.forget()
 
     def forget(self):
@@ -199,6 +200,7 @@ class EMAG:
         self.forget()
         if not self._ema:
             _refuse_dropout(self.blocks)
+            self._eps = precision(self.blocks)
 
         def keep(n: int, call: "_AttentionCall") -> Tensor:
             calls[n] = call.take(rows)
@@ -276,7 +278,7 @@ class EMAG:
             need(len(x) == observed, f"the negative pass got {len(x)} samples, {observed} were observed: call the "
                                      "model on the observed rows alone")
             if n == 0 and self._entered is not None:
-                need(is_close(x, self._entered, self.blocks[0]), f"block 0 {OTHER_INPUTS}")
+                need(is_close(x, self._entered, self._eps), f"block 0 {OTHER_INPUTS}")
             if n < first:
                 return map_tensors(torch.clone, self._outputs[n])
             return _with_attention(self._negative_attention, self, n, forward, args, kwargs)
@@ -292,7 +294,7 @@ class EMAG:
         clean, image, index = self._calls[n], self.image_tokens, self.layers.index(n)
         if not self.selected[:, :index].any():                        # the first to be perturbed: both are still equal
             own = call.take(slice(None))
-            same = [is_close(new, old, self.blocks[n]) for new, old in (
+            same = [is_close(new, old, self._eps) for new, old in (
                 (own.query, clean.query), (own.key, clean.key), (own.value, clean.value))]
             need(same[0] & same[1] & same[2], f"block {n}, the first to be perturbed, {OTHER_INPUTS}")
         selected = self.selected[:, index]                                                     # bool (B,)
@@ -359,14 +361,21 @@ def is_batched(x, batch: int) -> bool:
     return (isinstance(x, list) or isinstance(x, Tensor) and x.ndim > 0) and len(x) == batch
 
 
-def is_close(new: Tensor, old: Tensor, module: nn.Module, other: Tensor | None = None) -> Tensor | bool:
+def precision(modules: Iterable[nn.Module]) -> float:
+    """The largest eps of the dtypes of the parameters. Weights of 8 bits are computed with in at least bfloat16."""
+    dtypes = {parameter.dtype for module in modules for parameter in module.parameters()} | {torch.float64}
+    return max(min(torch.finfo(dtype).eps, 2**-7) if dtype.is_floating_point else 2**-7 for dtype in dtypes)
+
+
+def is_close(new: Tensor, old: Tensor, eps: float, other: Tensor | None = None) -> Tensor | bool:
     """Whether each sample (dimension 0) is equal up to rounding, of TF32 or another batch size too. With `other`, down
-    to twice the precision of the dtype, a sample must also be four times as near to `old` as `other` is."""
-    # Weights of 8 bits are computed with in at least bfloat16. (`module.parameters()` takes three times as long.)
-    dtypes = {old.dtype, *(p.dtype for part in module.modules() for p in part._parameters.values() if p is not None)}
-    if torch.is_autocast_enabled(old.device.type):
-        dtypes.add(torch.get_autocast_dtype(old.device.type))
-    eps = max(min(torch.finfo(dtype).eps, 2**-7) if dtype.is_floating_point else 2**-7 for dtype in dtypes)
+    to twice the precision of the dtype, a sample must also be four times as near to `old` as `other` is.
+
+    eps: `precision` of what computed them.
+    """
+    eps, device = max(eps, torch.finfo(old.dtype).eps), old.device.type
+    if torch.is_autocast_enabled(device):
+        eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
     if new.shape != old.shape:
         return False
     off, size = (new - old).float().flatten(1).norm(dim=1), old.float().flatten(1).norm(dim=1)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import emag as emag_module
 import sampler
 from dit import Attention, DiT, LatentDecoder
-from emag import EMAG, Window, deviation, ema_update, is_close, select_layers, zscore
+from emag import EMAG, Window, deviation, ema_update, is_close, precision, select_layers, zscore
 
 torch.set_num_threads(1)                 # the models are tiny: a second thread costs more than it brings
 HERE = Path(__file__).resolve().parent
@@ -1039,20 +1039,21 @@ def test_autocast_does_not_round_the_average():
 
 def test_what_counts_as_equal_in_both_passes(case):
     """Rounding does, a batch with another condition does not, also where both are near to each other."""
-    old, module = 1e6 * seeded(1, 400), case.blocks[0]
+    old, eps = 1e6 * seeded(1, 400), precision(case.blocks)
     far, further = old + 0.03 * old.roll(1, 1), old + 0.1 * old.roll(1, 1)
-    assert is_close(old * (1 + 5e-4), old, module) and not is_close(old, old.expand(9, -1), module)
-    assert not is_close(torch.cat([old.expand(63, -1), 1.1 * old]), old.expand(64, -1), module)      # one in a batch
-    assert not is_close(far, old, module) and not is_close(far, old, module, old * 2)
-    assert not is_close(old * (1 + 2e-3), old, module)
-    assert is_close(old * 0, old * 0, module, old * 0)                   # as a network gives that begins with zeros
+    assert is_close(old * (1 + 5e-4), old, eps) and not is_close(old, old.expand(9, -1), eps)
+    assert not is_close(torch.cat([old.expand(63, -1), 1.1 * old]), old.expand(64, -1), eps)      # one in a batch
+    assert not is_close(far, old, eps) and not is_close(far, old, eps, old * 2)
+    assert not is_close(old * (1 + 2e-3), old, eps)
+    assert is_close(old * 0, old * 0, eps, old * 0)                   # as a network gives that begins with zeros
     with torch.autocast("cpu", dtype=torch.bfloat16):                    # eight times its precision is 1/16
-        assert is_close(far, old, module) and not is_close(further, old, module)
-        assert is_close(far, old, module, old * 0.8) and not is_close(far, old, module, old * 0.9)
-        assert is_close(old * 1.012, old, module, old * 1.04)            # and never less than twice its precision
-        assert not is_close(far, old, module, old + 0.04 * old.roll(1, 1))
-    module.int8 = nn.Parameter(torch.ones(1, dtype=torch.int8), requires_grad=False)
-    assert is_close(far, old, module) and not is_close(further, old, module)
+        assert is_close(far, old, eps) and not is_close(further, old, eps)
+        assert is_close(far, old, eps, old * 0.8) and not is_close(far, old, eps, old * 0.9)
+        assert is_close(old * 1.012, old, eps, old * 1.04)            # and never less than twice its precision
+        assert not is_close(far, old, eps, old + 0.04 * old.roll(1, 1))
+    case.blocks[0].int8 = nn.Parameter(torch.ones(1, dtype=torch.int8), requires_grad=False)
+    eps = precision(case.blocks)
+    assert is_close(far, old, eps) and not is_close(further, old, eps)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 if importlib.util.find_spec("emag") is None:             # a copy has it beside this file, this project one folder up
     sys.path.append(str(Path(__file__).resolve().parent.parent))
-from emag import EMAG, Window, emag_update, first_input, is_batched, is_close, is_list, need
+from emag import EMAG, Window, emag_update, first_input, is_batched, is_close, is_list, need, precision
 
 
 @contextmanager
@@ -227,7 +227,8 @@ def _check_cut(model: nn.Module, emag: EMAG, run: Callable, pred, rows: slice):
             "inputs cut to the conditional samples make fewer tokens: a batch is padded to its longest prompt, so give "
             f"no negative prompt that is longer than the prompts; or {hint}") from error
     clean, null = pred[rows], pred[rows.stop:rows.start]              # the conditional half, and the other one
-    same = all(is_close(new[None], old[None], model, other[None]) for new, old, other in zip(again, clean, null))
+    eps = precision([model])
+    same = all(is_close(new[None], old[None], eps, other[None]) for new, old, other in zip(again, clean, null))
     need(same and len(again) == len(clean), "the model predicts something else on inputs cut to conditional samples"
          f": {hint}; or dropout is on, or the prediction is not finite")
 
