@@ -434,6 +434,7 @@ def draw_command(args: argparse.Namespace, device: str):
     need(args.size % 16 == 0 and args.size > 0, f"--size {args.size}: need a multiple of 16")
     need(args.batch >= 1 and 1 <= args.steps <= 1000 and 0 <= args.seed < 2**32,
          "--batch needs 1 or more, --steps 1…1000, --seed 0…2^32 − 1")
+    need(device != "cpu" or not args.offload, "--offload: no GPU was found: leave it out")
     need("EMAG" in args.only or not any("of" in METHODS[name] for name in args.only), "--only: CFG at ω needs EMAG too")
     rank, processes = read_processes()
     prompts = read_prompts(args.prompts, args.num)

@@ -98,6 +98,19 @@ def test_cfg_is_the_pipeline_and_emag_the_recipe(pipe):
         assert not np.array_equal(drawn[0], np.asarray(plain[0]))
 
 
+def test_offloading_changes_nothing(pipe):
+    """As --offload has it: of the pipeline's models only the one that runs is on the device (here the CPU, as both)."""
+    methods = [hps.METHODS[name] for name in ("EMAG", "EMAG-Q + APG", "CADS", "SEG")]
+    plain = [draw(pipe, **method) for method in methods]
+    pipe.enable_model_cpu_offload(device=torch.device("cpu"))
+    try:
+        for method, (images, omega) in zip(methods, plain):
+            again, omega_again = draw(pipe, **method)
+            assert np.array_equal(again, images) and np.array_equal(omega_again, omega)
+    finally:
+        pipe.remove_all_hooks()
+
+
 def test_skip_layers_is_the_pipelines_own(pipe):
     skip = hps.SKIP | dict(skip_layer_guidance_stop=0.6)                   # so that it acts in so few steps
     plain = pipe(PROMPTS[:1], guidance_scale=7.0, generator=generators(), **skip, **CALL).images[0]
@@ -387,8 +400,9 @@ def test_intervals_cover():
 @pytest.mark.parametrize("more, word", [
     (["--num", "9"], "3 prompts"), (["--prompts", "absent.tsv"], "--prompts"), (["--size", "100"], "multiple"),
     (["--batch", "0"], "--batch"), (["--only", "CFG at ω"], "EMAG"), (["--only", "nothing"], "nothing"),
-    (["--steps", "0"], "--steps"), ([], "cannot be loaded")])
-def test_draw_refuses_before_any_work(tmp_path, capsys, more, word):
+    (["--steps", "0"], "--steps"), (["--offload"], "GPU"), ([], "cannot be loaded")])
+def test_draw_refuses_before_any_work(tmp_path, capsys, monkeypatch, more, word):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     out = tmp_path / "out"
     assert hps.main(["draw", "--out", str(out), "--prompts", str(tmp_path / "prompts.txt"), "--num", "3", "--pipe",
