@@ -39,9 +39,9 @@ def deviation(ema: Tensor, attn: Tensor) -> Tensor:
 
     Δ_t = mean over heads, queries, keys of |E_t − A_t|
     """
-    gap = F.smooth_l1_loss(ema, attn, reduction="none", beta=1e-30)   # |E − A|, in one pass over a map's 18 million
-    # `mean` adds in pairs. One number after the other, a sum in float32 loses up to 5%, and float16 cannot hold it.
-    return gap.flatten(1).mean(dim=1, dtype=torch.promote_types(ema.dtype, torch.float32))
+    gap = F.smooth_l1_loss(ema, attn, reduction="none", beta=1e-30)   # |E − A|, in one pass over the memory
+    # `mean` adds in pairs. A running sum of a map's 18 million entries loses up to 5% in float32; float16 overflows.
+    return gap.flatten(1).mean(dim=1, dtype=at_least_float32(ema.dtype))
 
 
 def zscore(dev: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def zscore(dev: Tensor) -> Tensor:
 
     z⁽ⁿ⁾ = (Δ⁽ⁿ⁾ − mean Δ) / (std Δ + δ), population std, δ > 0 tiny
     """
-    dev = dev - dev[:, :1]                                            # z stays the same; equal Δ give exactly z = 0
+    dev = dev - dev[:, :1]             # z stays the same; and equal Δ become exactly 0, where their mean may be rounded
     std, mean = torch.std_mean(dev, dim=1, correction=0, keepdim=True)
     return (dev - mean) / (std + torch.finfo(dev.dtype).tiny)
 
@@ -118,7 +118,7 @@ class EMAG:
         emag.reset()                                                # before every trajectory
         with emag.observe(rows):  pred = model(x, t, y)             # rows: the conditional samples of the batch
         with emag.perturb():      negative = model(x[rows], t[rows], y[rows])
-        pred = emag_update(pred[rows], negative, scale)
+        guided = cfg_update(emag_update(pred[rows], negative, w_e), pred_null, w)
 
     blocks: the model's transformer blocks in the order they run.  layers: the candidates, as indices into `blocks`.
     beta, strength: β and λ, in [0, 1].  threshold: None selects the argmax, τ also every block with z ≥ τ.
@@ -126,12 +126,12 @@ class EMAG:
         "image" (EMAG-I): their image columns; then each row is divided by its sum. "query" (EMAG-Q): the queries
         themselves; no map is made.
     image_tokens: the slice of the token sequence that holds image tokens; None where all do. The attribute may be set
-        anew before the first observed step of a trajectory.
+        to another slice before the first observed step of a trajectory.
     attention: which attention call of a block is the image's, counted from 0; None: the first with as many queries as
         keys, which is its self-attention.
     reuse: the negative pass does not run the blocks before the first selected one. Give False where blocks do more than
         return their output: where they write to their inputs, or talk to other processes.
-    ema_dtype: dtype of the maps and of E. float16 halves the memory; in it E stays as it is where A differs by less
+    ema_dtype: dtype in which E is kept. float16 halves the memory; in it E stays as it is where A differs by less
         than about 3%, or 2.5·10⁻⁶ where that is more (at β = 0.988). bfloat16 is refused: its 8 bits mostly round
         (1−β)·(A−E) away.
 
@@ -190,13 +190,14 @@ class EMAG:
     @contextmanager
     def observe(self, rows=slice(None), update: bool = True) -> Iterator["EMAG"]:
         """Around the clean pass, whose result stays the same: bit for bit, but for compiled models and
-        nn.MultiheadAttention, which torch computes in another way when nobody looks.
+        nn.MultiheadAttention, for which torch has a faster kernel that this switches off.
 
         rows: a slice, list or tensor that selects the conditional samples.  update=False: a second evaluation within
         one step (Heun's corrector), which advances neither E nor Δ.
-        A pass that fails leaves E as it was, and there is no negative of it.
+        A pass that fails leaves E as it was, and there is no negative of it. Where E itself fails (Δ is not finite, or
+        0), the trajectory ends: reset().
         """
-        calls, outputs, entered = {}, {}, None                 # they become the object's in the last line of all
+        calls, outputs, entered = {}, {}, None                 # the object's in the last line, where the pass is valid
         self.forget()
         if not self._ema:
             _refuse_dropout(self.blocks)
@@ -208,21 +209,19 @@ class EMAG:
 
         def run(n: int, forward: Callable, args: tuple, kwargs: dict):
             nonlocal entered
-            if n == 0 and self.reuse:
-                entered = x[rows].clone() if isinstance(x := first_input(args, kwargs), Tensor) else None
-            if n in self.layers:
-                output = _with_attention(keep, self, n, forward, args, kwargs)
-            else:
-                output = forward(*args, **kwargs)
-            if self.reuse and n < self.layers[-1]:             # a copy, since a model may add to the output in place
-                batch = len(first_input(args, kwargs))
-                outputs[n] = map_tensors(lambda x: (x[rows] if is_batched(x, batch) else x).clone(), output)
+            x = first_input(args, kwargs)
+            if n == 0 and isinstance(x, Tensor):
+                entered = x[rows].clone()                      # copies, here and below: a model may write to its tensors
+            output = _with_attention(keep, self, n, forward, args, kwargs) if n in self.layers else \
+                forward(*args, **kwargs)
+            if self.reuse and n < self.layers[-1]:
+                outputs[n] = map_tensors(lambda y: (y[rows] if is_batched(y, len(x)) else y).clone(), output)
             return output
 
         with _hooked(self.blocks, range(self.layers[-1] + 1) if self.reuse else self.layers, run):
             yield self
-        samples = {len(call.query) for call in calls.values()}
-        need(len(samples) == 1 and 0 not in samples, f"candidate blocks attend for {sorted(samples)} samples: need "
+        counts = {len(call.query) for call in calls.values()}
+        need(len(counts) == 1 and 0 not in counts, f"candidate blocks attend for {sorted(counts)} samples: need "
              "rows that select a sample, and candidates of one kind, such as the blocks that attend in space")
         shapes = self.image_tokens, {n: (tuple(call.query.shape), tuple(call.key.shape)) for n, call in calls.items()}
         need(self._shapes in (None, shapes), f"image tokens, queries and keys were {self._shapes}, and now they are "
@@ -236,7 +235,7 @@ class EMAG:
     @torch.no_grad()
     def _advance(self, calls: dict[int, "_AttentionCall"]):
         """One step of every candidate's E, a few heads at a time, and the deviations and the choice that follow."""
-        need(self._ema is not None, "an earlier step broke off while E was advancing: call reset() and start again")
+        need(self._ema is not None, "E is half advanced, since an earlier step failed: call reset() and start again")
         averages, self._ema, deviations = self._ema, None, []  # None until all of it has advanced
         for n in self.layers:
             call, total, chunks = calls[n], 0, calls[n].head_chunks()
@@ -246,7 +245,7 @@ class EMAG:
                 ema[i] = ema_update(ema[i], attn, self.beta)                                    # E_t
                 total = total + deviation(ema[i], attn) * (attn.shape[1] / call.query.shape[1])   # Δ_t, by its heads
             deviations.append(total)
-        dev = torch.stack([dev.to(deviations[0].device) for dev in deviations], dim=1).cpu().double()
+        dev = torch.stack([each.to(deviations[0].device) for each in deviations], dim=1).cpu().double()   # one wait
         need(dev.isfinite().all(), "Δ is not finite: the attention of a candidate block holds NaN or infinity")
         need(not self.trace or self.beta == 0 or (dev > 0).any(dim=1).all(),
              "the observed attention equals its average exactly: the model saw the same latents at every step, or "
@@ -292,15 +291,16 @@ class EMAG:
         call: its attention in this pass; what it was in the clean pass is in `self._calls`.
         """
         clean, image, index = self._calls[n], self.image_tokens, self.layers.index(n)
-        if not self.selected[:, :index].any():                        # the first to be perturbed: both are still equal
+        if not self.selected[:, :index].any():                        # the first to be perturbed: all is still equal
             own = call.take(slice(None))
             same = [is_close(new, old, self._eps) for new, old in (
                 (own.query, clean.query), (own.key, clean.key), (own.value, clean.value))]
-            need(same[0] & same[1] & same[2], f"block {n}, the first to be perturbed, {OTHER_INPUTS}")
+            need(same[0] & same[1] & same[2],                         # not `and`: a GPU is waited for once
+                 f"block {n}, the first to be perturbed, {OTHER_INPUTS}")
         selected = self.selected[:, index]                                                     # bool (B,)
         rows = slice(None) if selected.all() else selected.nonzero()[:, 0].to(call.query.device)
         clean_rows, own_rows = clean.take(rows), call.take(rows)
-        blended = ((heads, self._blended(clean_rows, heads, ema[rows]))                        # made one by one below
+        blended = ((heads, self._blended(clean_rows, heads, ema[rows]))                        # one chunk at a time
                    for heads, ema in zip(clean.head_chunks(), self._ema[n]))
         if self.variant == "query":
             query = call.query.clone()
@@ -361,29 +361,27 @@ def is_batched(x, batch: int) -> bool:
     return (isinstance(x, list) or isinstance(x, Tensor) and x.ndim > 0) and len(x) == batch
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def precision(modules: Iterable[nn.Module]) -> float:
-    """The largest eps of the dtypes of the parameters. Weights of 8 bits are computed with in at least bfloat16."""
+    """The largest eps of the parameters' dtypes. Weights of 8 bits are computed with in at least bfloat16."""
     dtypes = {parameter.dtype for module in modules for parameter in module.parameters()} | {torch.float64}
-    return max(min(torch.finfo(dtype).eps, 2**-7) if dtype.is_floating_point else 2**-7 for dtype in dtypes)
+    return max(min(torch.finfo(dtype).eps, 2**-7) if dtype.is_floating_point or dtype.is_complex else 2**-7
+               for dtype in dtypes)
 
 
-def is_close(new: Tensor, old: Tensor, eps: float, other: Tensor | None = None) -> Tensor | bool:
-    """Whether each sample (dimension 0) is equal up to rounding, of TF32 or another batch size too. With `other`, down
-    to twice the precision of the dtype, a sample must also be four times as near to `old` as `other` is.
-
-    eps: `precision` of what computed them.
-    """
+def is_close(new: Tensor, old: Tensor, eps: float, times: int = 8) -> Tensor | bool:
+    """Whether every sample (dimension 0) is equal up to rounding, of TF32 or another batch size too: to `times` the
+    precision `eps` of what computed them, or to 1e-3."""
     eps, device = max(eps, torch.finfo(old.dtype).eps), old.device.type
     if torch.is_autocast_enabled(device):
         eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
     if new.shape != old.shape:
         return False
-    off, size = (new - old).float().flatten(1).norm(dim=1), old.float().flatten(1).norm(dim=1)
-    allowed = max(1e-3, 8 * eps) * size
-    if other is not None:
-        apart = (other - old).float().flatten(1).norm(dim=1)
-        allowed = allowed.minimum((apart / 4).maximum(max(1e-3, 2 * eps) * size))
-    return (off <= allowed).all()                                     # left on the device: a GPU need not wait here
+    off, size = ((x.float().flatten(1)).norm(dim=1) for x in (new - old, old))
+    return (off <= max(1e-3, times * eps) * size).all()               # left on the device: a GPU need not wait here
 
 
 def _refuse_dropout(blocks: Sequence[nn.Module]):
@@ -399,46 +397,44 @@ def _refuse_dropout(blocks: Sequence[nn.Module]):
 class _Hook:
     """In the place of the call of block n: run(n, its own call, args, kwargs), while `on`, in the thread of the pass.
 
-    It is kept in the attribute in which module.compile() keeps what it made. torch calls that in the place of the
-    module's hooks and forward, and does not copy it with the module.
+    It is kept in the attribute in which module.compile() keeps what it made. torch calls it in the place of what runs
+    the module's hooks and forward, and does not copy it with the module.
     """
 
-    def __init__(self, n: int, block: nn.Module, run: Callable):
-        self.n, self.run, self.on, self.thread = n, run, True, threading.get_ident()
+    def __init__(self, n: int, block: nn.Module, run: Callable, ran: list[int]):
+        self.n, self.run, self.ran, self.on, self.thread = n, run, ran, True, threading.get_ident()
         self.before = vars(block).get("_compiled_call_impl")
         self.call = self.before or block._call_impl
+        self.compiled = self.before.compiled if isinstance(self.before, _Hook) else self.before is not None
 
     def __call__(self, *args, **kwargs):
-        if self.on and threading.get_ident() == self.thread:
-            return self.run(self.n, self.call, args, kwargs)
-        return self.call(*args, **kwargs)                             # another thread runs the same model, without EMAG
+        if not self.on or threading.get_ident() != self.thread:
+            return self.call(*args, **kwargs)                         # another thread runs the same model, without EMAG
+        self.ran.append(self.n)
+        return self.run(self.n, self.call, args, kwargs)
 
 
 @contextmanager
 def _hooked(blocks: Sequence[nn.Module], numbers: Sequence[int], run: Callable) -> Iterator[None]:
     """One pass of the model: inside, block n runs run(n, its own call, args, kwargs), for n in `numbers`."""
-    ran: list[int] = []
-
-    def one(n: int, call: Callable, args: tuple, kwargs: dict):
-        ran.append(n)
-        return run(n, call, args, kwargs)
-
     def take_off():
         for n, hook in hooks.items():
             hook.on, own = False, vars(blocks[n])
             while isinstance(top := own.get("_compiled_call_impl"), _Hook) and not top.on:    # a newer one may stay on
                 own.update(_compiled_call_impl=top.before) if top.before else own.pop("_compiled_call_impl")
 
-    hooks = {n: _Hook(n, blocks[n], one) for n in numbers}
-    # Where every block is compiled by itself, the candidates alone need not be (`_with_attention`).
-    each = all(block._compiled_call_impl is not None for block in blocks)
+    ran: list[int] = []
+    hooks = {n: _Hook(n, blocks[n], run, ran) for n in numbers}
+    # Where each block is compiled by itself, only candidates must run uncompiled, and `_with_attention` sees to that.
+    one_by_one = all(hook.compiled for hook in hooks.values())
     try:
-        with nullcontext() if each else _uncompiled():
+        with nullcontext() if one_by_one else _uncompiled():
             for n, hook in hooks.items():
                 vars(blocks[n])["_compiled_call_impl"] = hook
             yield
         need(ran == list(numbers), f"in this pass the blocks {ran} ran, and {list(numbers)} must, once each, in this "
-             "order: run the model once, and give its own blocks, in the order they run")
+             "order: run the model once; give its own blocks, in the order they run; and compile it as a whole or "
+             "block by block, not both")
     finally:
         try:
             take_off()
@@ -462,18 +458,15 @@ def _uncompiled() -> Iterator[None]:
         with _LOCK:
             _OPEN.discard(me)
             if _STANCE and not _OPEN:
-                _STANCE[0].__exit__(None, None, None)                 # the stance that there was before
+                torch._dynamo.eval_frame._set_stance(_STANCE[0])
                 _STANCE.clear()
 
     try:
         with _LOCK:
             _OPEN.add(me)
             if not _STANCE:
-                try:
-                    _STANCE.append(torch.compiler.set_stance("force_eager"))
-                except BaseException:                                 # Ctrl-C, after it was set
-                    torch.compiler.set_stance("default")
-                    raise
+                _STANCE.append(torch._dynamo.eval_frame._stance)      # what there was before
+                torch.compiler.set_stance("force_eager")
         yield
     finally:
         try:
@@ -504,11 +497,10 @@ def _with_attention(handle: Callable, emag: EMAG, n: int, forward: Callable, arg
 
 CHUNK = 2**22          # map entries made at a time on a CPU, 16 MiB in float32; elsewhere 8 times as many
 FUSED = torch._C._nn.scaled_dot_product_attention          # not F's, which others replace by a function of their own
-SOFTMAX = (torch.softmax, Tensor.softmax, F.softmax)
-MULTIHEAD = F.multi_head_attention_forward         # a mode sees it as one call, and in this copy all that it calls:
+MULTIHEAD = F.multi_head_attention_forward         # a mode sees it as one call, and of this copy all that it calls:
 MULTIHEAD_IN_PARTS = types.FunctionType(MULTIHEAD.__code__, vars(F) | {"has_torch_function": lambda tensors: False},
                                         MULTIHEAD.__name__, MULTIHEAD.__defaults__)
-WATCHED = {FUSED, MULTIHEAD, *SOFTMAX}
+WATCHED = {FUSED, MULTIHEAD, torch.softmax, Tensor.softmax, F.softmax}
 
 
 @dataclasses.dataclass
@@ -546,25 +538,29 @@ class _AttentionCall:
     def attention_map(self, heads: slice, queries: slice, dtype: torch.dtype) -> Tensor:
         """The rows of A that belong to `queries`: softmax(q·kᵀ·scale + mask), (B, heads, queries, N).
 
-        In `dtype` also under torch.autocast. A row of which every key is masked is 0, as the fused kernels have it.
+        Made in at least float32, under torch.autocast too. A row of which every key is masked is 0, as the fused
+        kernels have it.
         """
-        scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scale, exact = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale, at_least_float32(dtype)
         with torch.autocast(self.query.device.type, enabled=False):
-            q, k = self.query[:, heads, queries].to(dtype), self.key[:, heads].to(dtype)
+            q, k = self.query[:, heads, queries].to(exact), self.key[:, heads].to(exact)
             logits = (q * scale) @ k.transpose(-1, -2)
             if self.attn_mask is None:
-                return logits.softmax(dim=-1)
+                return logits.softmax(dim=-1).to(dtype)
             mask = self.attn_mask.expand(-1, *self.query.shape[1:3], -1)[:, heads, queries]
-            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.to(dtype)
-            return logits.softmax(dim=-1).masked_fill(logits.amax(dim=-1, keepdim=True) == -torch.inf, 0)
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.to(exact)
+            attn = logits.softmax(dim=-1).masked_fill(logits.amax(dim=-1, keepdim=True) == -torch.inf, 0)
+            return attn.to(dtype)
 
     def mix(self, heads: slice, attn: Tensor) -> Tensor:
         """The output of attention with other maps, Ã·V."""
-        return (attn @ self.value[:, heads].to(attn.dtype)).to(self.value.dtype)
+        dtype = at_least_float32(attn.dtype)
+        return (attn.to(dtype) @ self.value[:, heads].to(dtype)).to(self.value.dtype)
 
 
 class _HandMade(_AttentionCall):
-    """Attention without the fused kernel: query is what softmax gave, A itself, (B, heads, N, N); the rest is empty."""
+    """Attention without the fused kernel: query is what softmax gave, A itself, (B, heads, N, N). key and value have
+    no channels: only their numbers of tokens are read."""
 
     def attend(self) -> Tensor:
         return self.query.clone()                                     # a model may write to it
@@ -605,7 +601,7 @@ class _CatchAttention(TorchFunctionMode):
             call = _HandMade(maps, maps.mT[..., :0], maps[..., :0])
         queries, keys, wanted, number = call.query.shape[-2], call.key.shape[-2], self.emag.attention, self.calls
         self.calls += 1
-        if queries != keys if wanted is None else number != wanted:
+        if (queries != keys) if wanted is None else (number != wanted):
             self.seen = f"its call {number} attends with {queries} queries to {keys} keys (attention={number} takes it)"
             return call.attend()
         self.caught = True

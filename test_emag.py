@@ -516,6 +516,24 @@ def test_passes_may_overlap_in_one_thread(case, before):
     torch.compiler.set_stance("default")
 
 
+def test_passes_that_overlap_on_a_compiled_model_see_their_own_inputs():
+    """The hooks of the other pass are not taken for blocks that are compiled one by one."""
+    case = Case("dit")
+    case.model = torch.compile(case.model, backend="eager")
+    case.model(*case.inputs(0))
+    one, two = case.emag([3, 4]), case.emag([3, 4])
+    first, second = one.observe(), two.observe()
+    for passes in (first, second):
+        passes.__enter__()
+    case.model(*case.inputs(1))                                 # both see it
+    first.__exit__(None, None, None)
+    with pytest.raises(RuntimeError, match="in this pass"):
+        case.model(*case.inputs(0))
+        second.__exit__(None, None, None)
+    assert not two.trace and stance() == "default"
+    torch._dynamo.reset()
+
+
 def test_two_threads_may_guide_one_model(case):
     """Each with an EMAG object of its own, their passes interleaved."""
     clean, expected, found, turn = state(case.model), trajectory(case, case.emag()), {}, threading.Barrier(2, timeout=60)
@@ -563,7 +581,7 @@ def test_a_copy_made_inside_a_pass_is_a_model_of_its_own(case, duplicate):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")     # it struck where errors end
-def test_ctrl_c_anywhere_leaves_nothing_behind():
+def test_ctrl_c_anywhere_leaves_nothing_behind(request):
     """Between calls that emag.py makes, at every third. No hook, mode or stance stays, and E never has advanced without its
     entry in the trace: it is the average of what the trace has, or needs a reset."""
     blocks, file = nn.ModuleList(Attends(CALLS["positional"][0]) for _ in range(2)), emag_module.__file__
@@ -595,11 +613,13 @@ def test_ctrl_c_anywhere_leaves_nothing_behind():
             pass
         finally:
             sys.setprofile(None)
-        assert state(blocks) == clean and stance() == "default" and torch._C._len_torch_function_stack() == 0
+        assert state(blocks) == clean and stance() == before and torch._C._len_torch_function_stack() == 0
         assert emag._ema is None or len(emag.trace) == 1 + (not torch.equal(emag.average(0), started))
         return next(count) > number
 
-    torch.compiler.set_stance("default")                        # which loads what `_uncompiled` asks for
+    before = "eager_on_recompile"
+    torch.compiler.set_stance(before)
+    request.addfinalizer(lambda: torch.compiler.set_stance("default"))
     clean, plain, first = state(blocks), run(1), EMAG(blocks, [0, 1], reuse=False)
     passes(first, 0)
     started = first.average(0)
@@ -1043,14 +1063,11 @@ def test_what_counts_as_equal_in_both_passes(case):
     far, further = old + 0.03 * old.roll(1, 1), old + 0.1 * old.roll(1, 1)
     assert is_close(old * (1 + 5e-4), old, eps) and not is_close(old, old.expand(9, -1), eps)
     assert not is_close(torch.cat([old.expand(63, -1), 1.1 * old]), old.expand(64, -1), eps)      # one in a batch
-    assert not is_close(far, old, eps) and not is_close(far, old, eps, old * 2)
-    assert not is_close(old * (1 + 2e-3), old, eps)
-    assert is_close(old * 0, old * 0, eps, old * 0)                   # as a network gives that begins with zeros
+    assert not is_close(far, old, eps) and not is_close(old * (1 + 2e-3), old, eps)
+    assert is_close(old * 0, old * 0, eps)                               # as a network gives that begins with zeros
     with torch.autocast("cpu", dtype=torch.bfloat16):                    # eight times its precision is 1/16
         assert is_close(far, old, eps) and not is_close(further, old, eps)
-        assert is_close(far, old, eps, old * 0.8) and not is_close(far, old, eps, old * 0.9)
-        assert is_close(old * 1.012, old, eps, old * 1.04)            # and never less than twice its precision
-        assert not is_close(far, old, eps, old + 0.04 * old.roll(1, 1))
+        assert is_close(old * 1.012, old, eps, times=2) and not is_close(old * 1.02, old, eps, times=2)
     case.blocks[0].int8 = nn.Parameter(torch.ones(1, dtype=torch.int8), requires_grad=False)
     eps = precision(case.blocks)
     assert is_close(far, old, eps) and not is_close(further, old, eps)

@@ -227,8 +227,9 @@ def _check_cut(model: nn.Module, emag: EMAG, run: Callable, pred, rows: slice):
             "inputs cut to the conditional samples make fewer tokens: a batch is padded to its longest prompt, so give "
             f"no negative prompt that is longer than the prompts; or {hint}") from error
     clean, null = pred[rows], pred[rows.stop:rows.start]              # the conditional half, and the other one
-    eps = precision([model])
-    same = all(is_close(new[None], old[None], eps, other[None]) for new, old, other in zip(again, clean, null))
+    eps, away = precision([model]), lambda x, y: (x - y).float().norm()                                     # noqa: E731
+    same = all(is_close(new[None], old[None], eps) and (4 * away(new, old) <= away(other, old) or
+               is_close(new[None], old[None], eps, times=2)) for new, old, other in zip(again, clean, null))
     need(same and len(again) == len(clean), "the model predicts something else on inputs cut to conditional samples"
          f": {hint}; or dropout is on, or the prediction is not finite")
 
