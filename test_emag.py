@@ -1,8 +1,6 @@
 """Page one is the method once more, slowly, and the test that both are one. The rest tests emag.py and sampler.py, in
 their order, and then what the README says. `guide` is tested in recipes/, dit.py and the command line in demo/, wrong
 input in bench/.
-
-Tests that compare with diffusers are skipped where it is not installed.
 """
 import copy
 import dataclasses
@@ -11,15 +9,14 @@ import inspect
 import itertools
 import json
 import math
-import os
 import pickle
 import re
 import runpy
 import statistics
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -33,13 +30,21 @@ from torch import Tensor, nn
 
 import emag as emag_module
 import sampler
-from dit import Attention, DiT, LatentDecoder
+from dit import Attention, DiT
 from emag import EMAG, Window, deviation, ema_update, is_close, precision, select_layers, zscore
 
 torch.set_num_threads(1)                 # the models are tiny: a second thread costs more than it brings
 HERE = Path(__file__).resolve().parent
 DEMO = HERE / "demo" / "emoji-flow.pt"
 F64 = torch.float64
+
+
+def script(path: str):
+    """A script such as demo/trace.py as a module."""
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path), HERE / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def seeded(*shape, seed=0, dtype=F64) -> Tensor:
@@ -288,9 +293,9 @@ def test_attention_ema_starts_as_a_copy_and_advances_in_place():
 def test_the_deviation_is_exact_at_the_size_of_real_maps():
     """One head of SD3's at 1024²: 18 million entries. A sum in float32 one by one is off by 1.6 to 5%, differently for
     sharp and flat maps, and chooses another block."""
-    generator, found, exact = torch.Generator().manual_seed(0), [], []
+    logits, found, exact = seeded(2, 1, 1, 4096, 4429, dtype=torch.float32), [], []
     for sharpness in (2.0, 4.0):
-        attn, ema = (torch.randn(1, 1, 4096, 4429, generator=generator).mul_(sharpness).softmax(-1) for _ in range(2))
+        attn, ema = (logits * sharpness).softmax(-1)
         if exact:                                                                  # the second has moved 2% less
             ema = attn + (ema - attn) * (0.98 * exact[0] / (ema.double() - attn).abs_().mean())
         found.append(deviation(ema, attn).double())
@@ -340,6 +345,8 @@ def test_window_out_of_order():
     for bounds in ((0.5, 0.8, 0.2), (1.0, 0.2, 0.8), (1.2, 0.8, 0.2), (1.0, 0.8, -0.1), (math.nan, 0.8, 0.2)):
         with pytest.raises(ValueError, match="need 1 ≥ start"):
             Window(*bounds)
+
+
 
 
 # ----------------------------------------------------------------------------------------------------------- the class
@@ -493,10 +500,11 @@ def steps_of(case: Case, emag: EMAG) -> Iterator[Tensor]:
         yield negative
 
 
-@pytest.mark.parametrize("before", ["default", "eager_on_recompile"])
-def test_passes_may_overlap_in_one_thread(case, before):
+@pytest.mark.parametrize("name, before", [("dit", "default"), ("wild", "eager_on_recompile")])
+def test_passes_may_overlap_in_one_thread(name, before):
     """Generators, as asyncio makes them: on two models, and on one. Nothing of them stays in torch."""
-    other, clean, expected = Case(case.name, seed=1), state(case.model), []
+    case = Case(name)
+    other, clean, expected = Case(name, seed=1), state(case.model), []
     for each in (case, other):
         expected += [trajectory(each, each.emag())]
     torch.compiler.set_stance(before)
@@ -535,23 +543,20 @@ def test_passes_that_overlap_on_a_compiled_model_see_their_own_inputs():
 
 
 def test_two_threads_may_guide_one_model(case):
-    """Each with an EMAG object of its own, their passes interleaved."""
-    clean, expected, found, turn = state(case.model), trajectory(case, case.emag()), {}, threading.Barrier(2, timeout=60)
+    """Each with an EMAG object of its own, their passes interleaved: no thread sees the other's hooks."""
+    clean, expected, turn = state(case.model), trajectory(case, case.emag()), threading.Barrier(2, timeout=60)
 
-    def run(name: str):
-        found[name] = []
+    def run(_) -> list[Tensor]:
+        found = []
         for negative in steps_of(case, case.emag()):
             turn.wait()
-            found[name] += [] if negative is None else [negative]
+            found += [] if negative is None else [negative]
+        return found
 
-    threads = [threading.Thread(target=run, args=[name]) for name in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for negatives in found.values():
-        for one, two in zip(negatives, expected, strict=True):  # on some CPUs another thread rounds otherwise
-            torch.testing.assert_close(one, two)
+    with ThreadPoolExecutor(2) as threads:
+        for negatives in threads.map(run, range(2)):
+            for one, two in zip(negatives, expected, strict=True):      # on some CPUs another thread rounds otherwise
+                torch.testing.assert_close(one, two)
     assert state(case.model) == clean and stance() == "default"
 
 
@@ -582,8 +587,8 @@ def test_a_copy_made_inside_a_pass_is_a_model_of_its_own(case, duplicate):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")     # it struck where errors end
 def test_ctrl_c_anywhere_leaves_nothing_behind(request):
-    """Between calls that emag.py makes, at every third. No hook, mode or stance stays, and E never has advanced without its
-    entry in the trace: it is the average of what the trace has, or needs a reset."""
+    """Between calls that emag.py makes, at every third. No hook, mode or stance stays, and E never has advanced without
+    its entry in the trace: it is the average of what the trace has, or needs a reset."""
     blocks, file = nn.ModuleList(Attends(CALLS["positional"][0]) for _ in range(2)), emag_module.__file__
 
     def run(step: int) -> list[Tensor]:
@@ -634,20 +639,6 @@ def test_e_outlives_inference_mode(case):
             case.model(*case.inputs(step))
         with torch.no_grad(), emag.perturb():
             assert torch.equal(case.model(*case.inputs(step)), expected[step])
-
-
-def test_other_threads_see_no_hook(case):
-    emag, plain, seen = case.emag(), case.model(*case.inputs(4)), []
-    trajectory(case, emag)
-    for context in (emag.observe, emag.perturb):
-        with context():
-            thread = threading.Thread(target=lambda: seen.append(case.model(*case.inputs(4))))
-            thread.start()
-            thread.join()
-            last = case.model(*case.inputs(4))
-    for each in seen:                                        # on some CPUs another thread rounds otherwise
-        torch.testing.assert_close(each, plain)
-    assert len(seen) == 2 and torch.equal(last, trajectory(case, case.emag(), steps=5)[-1])
 
 
 def peak(run: Callable, *inputs: Tensor) -> int:
@@ -723,6 +714,36 @@ def attend_inputs(step: int) -> Tensor:
     return torch.stack([2 * seeded(6, 40, seed=100 * b + step) for b in range(3)])
 
 
+def observed(emag: EMAG, block: nn.Module, *steps: int) -> Tensor:
+    """What the block gives in the last of these steps."""
+    for step in steps:
+        with emag.observe():
+            clean = block(attend_inputs(step))
+    return clean
+
+
+def negative_of(emag: EMAG, block: nn.Module, step: int) -> Tensor:
+    with emag.perturb():
+        return block(attend_inputs(step))
+
+
+def assert_slow_emag(emag: EMAG, slow: SlowEMAG, block: Callable, rows=slice(None)) -> tuple[Tensor, Tensor]:
+    """As `test_emag_is_slow_emag`, for one block; gives its last output, for `rows`, and negative."""
+    for step in range(3):
+        x = attend_inputs(step)
+        with emag.observe(rows):
+            clean = block(x)[rows]
+        torch.testing.assert_close(clean, slow.clean(x[rows]))
+        torch.testing.assert_close(emag.deviation, torch.tensor(slow.deviation, dtype=F64))
+        torch.testing.assert_close(emag.average(0), slow.ema[0])
+        for again in range(2):
+            with emag.perturb():
+                negative = block(x[rows])
+        torch.testing.assert_close(negative, slow.negative(x[rows]))
+    assert (negative - clean).abs().max() > 1e-3
+    return clean, negative
+
+
 def general_map(q: Tensor, k: Tensor, scale: float = 5**-0.5, mask: Tensor = torch.zeros(()), group: int = 1) -> Tensor:
     """With a scale, an additive mask and grouped heads; a row of which every key is masked is 0."""
     k = torch.stack([k[:, head - head % group] for head in range(4)], dim=1)
@@ -762,16 +783,17 @@ VARIANTS = [dict(), dict(strength=0.6), dict(image_tokens=slice(2, None)), dict(
                 ("image", slice(0, 4), 1.0), ("image", slice(2, None), 0.6), ("query", slice(0, 4), 0.6)))]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
-@pytest.mark.parametrize("name", CALLS)
+# Calls of which EMAG reads other arguments come with all variants; the others, only to be seen, with the first.
+READ = {"positional", "scale", "grouped heads", "torch.softmax by hand", *(name for name in CALLS if "mask" in name)}
+
+
+@pytest.mark.parametrize("name, options", [
+    (name, options) for name in CALLS for options in VARIANTS
+    if (name in READ or not options) and not ("by hand" in name and options.get("variant") == "query")], ids=str)
 def test_calls_in_the_wild_are_the_map_of_the_equation(name, options, monkeypatch):
     call, arguments, mask = CALLS[name]
     block = Attends(call)
     emag = EMAG([block], [0], beta=0.7, ema_dtype=F64, **options)
-    if "by hand" in name and options.get("variant") == "query":
-        with pytest.raises(RuntimeError, match="'query' has no queries"), emag.observe():
-            block(attend_inputs(0))
-        return
     for rows, chunk in ((slice(None), 2**22), (slice(1, 3), 1)):
         monkeypatch.setattr("emag.CHUNK", chunk)
         some = mask if mask is None else mask[rows]
@@ -780,43 +802,32 @@ def test_calls_in_the_wild_are_the_map_of_the_equation(name, options, monkeypatc
         slow = SlowEMAG(lambda x, attend: attend(0, *heads_of(x)), (0,), 0.7, softmax=partial(general_map, **arguments),
                         **options)
         emag.reset()
-        for step in range(3):
-            with emag.observe(rows):
-                clean = block(attend_inputs(step), mask)[rows]
-            for again in range(2):
-                with emag.perturb():
-                    negative = block(attend_inputs(step)[rows], some)
-            torch.testing.assert_close(clean, slow.clean(attend_inputs(step)[rows]))
-            torch.testing.assert_close(negative, slow.negative(attend_inputs(step)[rows]))
-            torch.testing.assert_close(emag.deviation, torch.tensor(slow.deviation, dtype=F64))
-            torch.testing.assert_close(emag.average(0), slow.ema[0])
-        assert (negative - clean).abs().max() > 1e-2
+        clean, negative = assert_slow_emag(emag, slow, lambda x: block(x, mask if len(x) == 3 else some), rows)
         text = [token for token in range(6) if token not in range(6)[options.get("image_tokens") or slice(None)]]
         assert torch.equal(negative[:, :, text], clean[:, :, text])                    # text queries are as they were
 
 
-@pytest.mark.parametrize("name", SOFTMAX)
-def test_a_model_that_attends_by_hand_is_the_one_with_the_fused_kernel(case, name, monkeypatch):
-    fused, emag = case.emag(strength=0.8), case.emag(strength=0.8)
+def test_a_model_that_attends_by_hand_is_the_one_with_the_fused_kernel(case, monkeypatch):
+    fused, emag, inputs = case.emag(strength=0.8), case.emag(strength=0.8), case.inputs
     expected = trajectory(case, fused)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", hand_made(SOFTMAX[name]))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", hand_made(SOFTMAX["torch.softmax"]))
     for negative, other in zip(trajectory(case, emag), expected):
         torch.testing.assert_close(negative, other, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(emag.deviation, fused.deviation)
-    inputs = case.inputs
     case.model.float()
     case.inputs = lambda step: [part.float() if part.is_floating_point() else part for part in inputs(step)]
     assert trajectory(case, case.emag())[-1].dtype == torch.float32                # with an average in float64
 
 
-def test_gradients_pass_through_a_negative_made_by_hand():
-    """Of values and of text queries: what softmax gave is not written to."""
-    block, x = Attends(hand_made(SOFTMAX["torch.softmax"])), attend_inputs(1).requires_grad_()
+@pytest.mark.parametrize("call", [hand_made(SOFTMAX["torch.softmax"]), lambda q, k, v, mask: SDPA(q, k, k)])
+def test_gradients_pass_through_a_negative(call):
+    """Of values and of text queries: what softmax or the kernel gave is not written to."""
+    block, x = Attends(call), attend_inputs(1).requires_grad_()
     for variant in ("map", "image"):
         emag = EMAG([block], [0], image_tokens=slice(0, 4), variant=variant)
-        for inputs in (attend_inputs(0), x):
-            with emag.observe():
-                block(inputs)
+        observed(emag, block, 0)
+        with emag.observe():
+            block(x)
         with emag.perturb():
             grad, = torch.autograd.grad(block(x)[:, :, 4:].square().sum(), x)
         assert grad.abs().max() > 0
@@ -827,11 +838,7 @@ def test_the_first_self_attention_of_a_block_is_meant(variant):
     hand = hand_made(SOFTMAX["nn.Softmax"])
     block = Attends(lambda q, k, v, mask: torch.cat([SDPA(q, k, v), SDPA(k, q, v), hand(q, q, v)], dim=1))
     emag = EMAG([block], [0], ema_dtype=F64, variant=variant)
-    for step in range(2):
-        with emag.observe():
-            clean = block(attend_inputs(step))
-    with emag.perturb():
-        negative = block(attend_inputs(1))
+    clean, negative = observed(emag, block, 0, 1), negative_of(emag, block, 1)
     assert (negative - clean)[:, :4].abs().max() > 1e-2 and torch.equal(negative[:, 4:], clean[:, 4:])
 
 
@@ -849,95 +856,64 @@ class Joined(nn.Module):
 @pytest.mark.parametrize("variant", ["map", "query"])
 def test_an_attention_that_is_chosen_by_number(variant):
     """After a square call of the text, and with more keys than queries. Following the error's advice leads there."""
-    block = Joined()
-    emag = EMAG([block], [0])
+    block, options = Joined(), dict(beta=0.8, variant=variant, image_tokens=slice(1, 5))
     with pytest.raises(RuntimeError, match="give attention="):                    # the text's is the same in each step
-        for step in range(2):
-            with emag.observe():
-                block(attend_inputs(step))
-    emag = EMAG([block], [0], attention=1, beta=0.8, ema_dtype=F64, variant=variant, image_tokens=slice(1, 5))
-    slow = SlowEMAG(lambda x, attend: attend(0, heads_of(x)[0], torch.cat([heads_of(x)[1], block.text], dim=2)), (0,),
-                    beta=0.8, variant=variant, image_tokens=slice(1, 5))
-    for step in range(3):
-        with emag.observe():
-            block(attend_inputs(step))
-        slow.clean(attend_inputs(step))
-        torch.testing.assert_close(emag.deviation, torch.tensor(slow.deviation, dtype=F64))
-        with emag.perturb():
-            torch.testing.assert_close(block(attend_inputs(step)), slow.negative(attend_inputs(step)))
+        observed(EMAG([block], [0]), block, 0, 1)
+    emag = EMAG([block], [0], attention=1, ema_dtype=F64, **options)
+    assert_slow_emag(emag, SlowEMAG(lambda x, attend: attend(0, heads_of(x)[0], torch.cat(
+        [heads_of(x)[1], block.text], dim=2)), (0,), **options), block)
     assert emag.average(0).shape == (3, 4, 4, 9 if variant == "map" else 5)
     block.text = block.text[:, :, :2]
-    with pytest.raises(RuntimeError, match=r"call reset\(\)"), emag.observe():    # fewer keys than before
-        block(attend_inputs(3))
-
-
-def test_what_number_the_image_has_is_said_and_must_exist():
-    block = Attends(lambda q, k, v, mask: SDPA(q[:, :, :4], k, v))                 # fewer queries than keys
-    with pytest.raises(RuntimeError, match=r"4 queries to 6 keys \(attention=0 takes it"), EMAG([block], [0]).observe():
-        block(attend_inputs(0))
-    with EMAG([block], [0], attention=0).observe() as emag:                        # as it says
-        block(attend_inputs(0))
+    with pytest.raises(RuntimeError, match=r"call reset\(\)"):                    # fewer keys than before
+        observed(emag, block, 3)
+    few = Attends(lambda q, k, v, mask: SDPA(q[:, :, :4], k, v))                  # fewer queries than keys
+    with pytest.raises(RuntimeError, match=r"4 queries to 6 keys \(attention=0 takes it"):
+        observed(EMAG([few], [0]), few, 0)
+    emag = EMAG([few], [0], attention=0)                                          # as it says
+    observed(emag, few, 0)
     assert emag.average(0).shape == (3, 4, 4, 6)
-    for options, message in ((dict(attention=1), "made no attention"), (dict(attention=0, variant="image"), "'image'")):
-        with pytest.raises(RuntimeError, match=message), EMAG([block], [0], **options).observe():
-            block(attend_inputs(0))
 
 
 class Multihead(nn.Module):
-    """torch's own attention module, as models use it: with or without its weights, and with a mask."""
+    """torch's own attention module, as models use it."""
 
     def __init__(self, weights: bool):
         super().__init__()
-        self.inner, self.weights = nn.MultiheadAttention(40, 4, batch_first=True), weights
+        self.self_attn, self.weights = nn.MultiheadAttention(40, 4, batch_first=True), weights
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.inner(x, x, x, need_weights=self.weights, key_padding_mask=mask)[0]
-
-
-MULTIHEAD = {"with weights": lambda: Multihead(True), "without": lambda: Multihead(False),
-             "encoder layer": lambda: nn.TransformerEncoderLayer(40, 4, 50, batch_first=True),
-             "norm first": lambda: nn.TransformerEncoderLayer(40, 4, 50, norm_first=True, batch_first=True)}
+    def forward(self, x: Tensor) -> Tensor:
+        return self.self_attn(x, x, x, need_weights=self.weights)[0]
 
 
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("name", MULTIHEAD)
-def test_torchs_own_attention_modules(name, fast, grad, monkeypatch):
-    block = randomised(MULTIHEAD[name](), std=0.3).requires_grad_(grad)
-    inner, bottom = getattr(block, "inner", getattr(block, "self_attn", None)), name == "norm first"
+@pytest.mark.parametrize("fast, grad", [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("make", [partial(Multihead, True), partial(Multihead, False),
+                                  partial(nn.TransformerEncoderLayer, 40, 4, 50, batch_first=True)])
+def test_torchs_own_attention_modules(make, fast, grad, monkeypatch):
+    """By torch's fast path, where it has one, and by the slow one."""
+    block = randomised(make(), std=0.3).requires_grad_(grad)
 
     def by_hand(x, attend):
-        h = block.norm1(x) if bottom else x
         q, k, v = (part.unflatten(-1, (4, 10)).transpose(1, 2) for part in
-                   F.linear(h, inner.in_proj_weight, inner.in_proj_bias).chunk(3, dim=-1))
-        h = inner.out_proj((attend(0, q, k) @ v).transpose(1, 2).flatten(2))
+                   F.linear(x, block.self_attn.in_proj_weight, block.self_attn.in_proj_bias).chunk(3, dim=-1))
+        h = block.self_attn.out_proj((attend(0, q, k) @ v).transpose(1, 2).flatten(2))
         if isinstance(block, Multihead):
             return h
-        h = x + h if bottom else block.norm1(x + h)
-        more = block.linear2(F.relu(block.linear1(block.norm2(h) if bottom else h)))
-        return h + more if bottom else block.norm2(h + more)
+        h = block.norm1(x + h)
+        return block.norm2(h + block.linear2(F.relu(block.linear1(h))))
 
     monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: fast)
     for variant in ("map", "query"):
-        emag, slow = EMAG([block], [0], beta=0.7, ema_dtype=F64, variant=variant), SlowEMAG(by_hand, (0,), 0.7,
-                                                                                             variant=variant)
         with torch.set_grad_enabled(grad):
-            for step in range(3):
-                with emag.observe():
-                    torch.testing.assert_close(block(attend_inputs(step)), slow.clean(attend_inputs(step)))
-                with emag.perturb():
-                    negative = block(attend_inputs(step))
-                torch.testing.assert_close(negative, slow.negative(attend_inputs(step)))
-                torch.testing.assert_close(emag.deviation, torch.tensor(slow.deviation, dtype=F64))
-        assert (negative - block(attend_inputs(2))).abs().max() > 1e-3
+            assert_slow_emag(EMAG([block], [0], beta=0.7, ema_dtype=F64, variant=variant),
+                             SlowEMAG(by_hand, (0,), 0.7, variant=variant), block)
 
 
-def test_other_queries_or_keys_in_the_negative_pass_are_refused():
-    block = Attends(lambda q, k, v, offset: SDPA(q + offset[0], k + offset[1], v))
+def test_other_queries_keys_or_values_in_the_negative_pass_are_refused():
+    block = Attends(lambda q, k, v, offset: SDPA(q + offset[0], k + offset[1], v + offset[2]))
     emag = EMAG([block], [0])
     with emag.observe():
-        block(attend_inputs(0), torch.zeros(2))
-    for offset in torch.eye(2):
+        block(attend_inputs(0), torch.zeros(3))
+    for offset in torch.eye(3):
         with pytest.raises(RuntimeError, match="gets other inputs in the negative pass"), emag.perturb():
             block(attend_inputs(0), offset)
 
@@ -952,11 +928,14 @@ def test_a_block_whose_attention_stays_as_it_is_may_be_a_candidate():
 
 
 TEXT = seeded(3, 4, 2, 5, seed=9)
-CANNOT = {                                                  # what a candidate block does, and what is said about it
+CANNOT = {                                # what a candidate block does, what is said about it, and how EMAG is set
     "causal": (lambda q, k, v, mask: SDPA(q, k, v, is_causal=True), "attends causally"),
     "dropout": (lambda q, k, v, mask: SDPA(q, k, v, dropout_p=0.1), "attends with dropout"),
     "no heads": (lambda q, k, v, mask: SDPA(q[:, 0], k[:, 0], v[:, 0]), r"need \(batch, heads, tokens, channels\)"),
     "none": (lambda q, k, v, mask: v, r"candidate block 0 \(Attends\) made no attention .*set_attention_backend"),
+    "none of that number": (CALLS["positional"][0], "made no attention", dict(attention=1)),
+    "no queries": (hand_made(SOFTMAX["F.softmax"]), "'query' has no queries", dict(variant="query")),
+    "more keys": (lambda q, k, v, mask: SDPA(q[:, :, :4], k, v), "'image'", dict(attention=0, variant="image")),
     "maps of three dimensions": (lambda q, k, v, mask: (q.flatten(0, 1) @ k.flatten(0, 1).mT).softmax(-1),
                                  r"softmax over \(12, 6, 6\).*\(batch, heads, N, N\)"),
     "tokens first": (lambda q, k, v, mask: SDPA(*(x.permute(2, 1, 0, 3) for x in (q, k, v))),
@@ -974,13 +953,10 @@ CANNOT = {                                                  # what a candidate b
 
 @pytest.mark.parametrize("name", CANNOT)
 def test_what_cannot_be_right_says_why(name):
-    call, message = CANNOT[name]
+    call, message, *options = CANNOT[name]
     block = Attends(call)
-    emag = EMAG([block], [0])
     with pytest.raises(RuntimeError, match=message):
-        for step in range(2):
-            with emag.observe():
-                block(attend_inputs(step))
+        observed(EMAG([block], [0], **dict(*options)), block, 0, 1)
 
 
 def test_what_takes_the_place_of_torchs_attention(monkeypatch):
@@ -1023,6 +999,21 @@ def test_fused_kernels_stay_in_use_and_no_block_runs_before_the_selected_one(reu
     first = 1 + emag.selected[0].nonzero().item() if reuse else 0        # Ã·V alone is not the kernel's
     assert (clean.calls, negative.calls) == (5, 5 - first - (variant == "map"))
     assert clean.maps == (3 if variant == "map" else 0) and negative.maps == 0     # with λ = 1, Ã is E
+
+
+def test_float16_is_only_how_e_is_kept():
+    """Maps and Ã·V are made in float32: the logits of sharp maps are not rounded, and large values fit."""
+    exact, half = Case("dit"), Case("dit")
+    for case in (exact, half):
+        for block in case.blocks:
+            block.attn.qkv.weight.data *= torch.tensor([8.0, 8.0, 1e6]).repeat_interleave(32)[:, None]
+            block.attn.proj.weight.data *= 1e-6
+    half.model.float()
+    half.inputs = lambda step: [part.float() if part.is_floating_point() else part for part in exact.inputs(step)]
+    expected, emag = exact.emag(beta=0.5), EMAG(half.blocks, [1, 2, 3], beta=0.5, ema_dtype=torch.float16)
+    for one, two in zip(trajectory(half, emag), trajectory(exact, expected)):
+        assert (one - two).norm() < 5e-4 * two.norm()
+    assert emag.average(1).dtype == torch.float16
 
 
 @pytest.mark.parametrize("variant", ["map", "query"])
@@ -1086,39 +1077,43 @@ def test_gradient_checkpointing_in_eval_mode_changes_nothing(reentrant):
     assert not emag.average(1).requires_grad
 
 
-WAYS = {"module.compile()": lambda module, **options: module.compile(**options) or module,
-        "torch.compile(module)": lambda module, **options: torch.compile(module, **options)}
+def compiled(module: nn.Module, way: str, **options) -> nn.Module:
+    return module.compile(**options) or module if way == "module.compile()" else torch.compile(module, **options)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_compiled_is_uncompiled(way, whole, backend, monkeypatch):
-    """With a break of the graph in the attention, such as diffusers' dispatch of kernels makes. Blocks that were compiled
-    one by one, by module.compile(), stay so, but for the candidates; else nothing runs compiled inside a pass."""
-    graphs, results, attend = [], [], Attention.forward
-    monkeypatch.setattr(Attention, "forward", lambda *args: (torch._dynamo.graph_break(), attend(*args))[1])
+@pytest.mark.parametrize("way, what", [
+    ("torch.compile()", "the model, of one graph"), ("module.compile()", "the model"),
+    ("torch.compile()", "each block"), ("module.compile()", "each block"), ("module.compile()", "some blocks")])
+def test_compiled_is_uncompiled(way, what, monkeypatch):
+    """Blocks that were each compiled by module.compile() stay so, but for the candidates; else nothing runs compiled
+    inside a pass. A break of the graph in the attention is such as diffusers' dispatch of kernels makes."""
+    graphs, results, attend, one_graph = [], [], Attention.forward, "of one graph" in what
+    if not one_graph:
+        monkeypatch.setattr(Attention, "forward", lambda *args: (torch._dynamo.graph_break(), attend(*args))[1])
+    stay = (way, what) == ("module.compile()", "each block")
+    make = torch._dynamo.lookup_backend("aot_eager" if stay else "eager")
 
-    def counted(graph, inputs):                                          # runs of what was compiled are in `graphs`
-        return lambda *args, run=torch._dynamo.lookup_backend(backend)(graph, inputs): graphs.append(1) or run(*args)
+    def backend(graph, inputs):                                          # runs of what was compiled are in `graphs`
+        return lambda *args, run=make(graph, inputs): graphs.append(1) or run(*args)
 
     torch._dynamo.reset()
     for compiles in (False, True):
         case = Case("dit")
-        if compiles and whole:
-            case.model = way(case.model, backend=counted)
+        if compiles and "the model" in what:
+            case.model = compiled(case.model, way, backend=backend, fullgraph=one_graph)
         elif compiles:
-            case.model.blocks = case.blocks = nn.ModuleList(way(block, backend=counted) for block in case.blocks)
+            case.model.blocks = case.blocks = nn.ModuleList(
+                compiled(block, way, backend=backend) if n in (0, 2, 4) or "each" in what else block
+                for n, block in enumerate(case.blocks))
         off, emag = case.model(*case.inputs(0)), case.emag([1, 2])       # compiled before the hooks come
         assert bool(graphs) == compiles
         graphs.clear()
         negatives = trajectory(case, emag)
-        each = compiles and not whole and way is WAYS["module.compile()"]
         # Five blocks, of which a clean pass runs three compiled, and a negative at least the last two.
-        assert len(graphs) >= (3 + 2) * 4 * 2 if each else not graphs
+        assert len(graphs) >= (3 + 2) * 4 * 2 if compiles and stay else not graphs
         graphs.clear()
         torch.testing.assert_close(case.model(*case.inputs(0)), off)
-        assert bool(graphs) == compiles                                  # and compiled again
+        assert bool(graphs) == compiles and stance() == "default"        # and compiled again
         results.append([off, *negatives, emag.deviation])                # E advanced once per step
         graphs.clear()
     for one, two in zip(*results):
@@ -1138,19 +1133,6 @@ def test_hooks_that_torch_2_6_to_2_10_would_throw_away(monkeypatch):
     for module in (torch._dynamo.decorators, torch._dynamo.eval_frame):
         monkeypatch.setattr(module, "innermost_fn", innermost_fn, raising=False)
     assert all(map(torch.equal, trajectory(case, case.emag()), expected))
-    one, two = case.emag(), case.emag()                                  # hooks over hooks
-    with one.observe(), two.observe():
-        case.model(*case.inputs(0))
-    assert one.trace and two.trace
-
-
-def test_a_whole_model_of_one_graph_is_hooked_all_the_same(case):
-    torch._dynamo.reset()
-    expected = trajectory(case, case.emag())
-    case.model = torch.compile(case.model, backend="eager", fullgraph=True)
-    case.model(*case.inputs(0))
-    assert all(map(torch.equal, trajectory(case, case.emag()), expected)) and stance() == "default"
-    torch._dynamo.reset()
 
 
 # ------------------------------------------------------------------------------------------------------------ samplers
@@ -1198,19 +1180,6 @@ def test_times():
 
 def curved(x, t, step=0):
     return torch.sin(3 * x) * (0.5 + t) + 0.1 * x
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_is_the_scheduler_of_diffusers(eta):
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    scheduler.set_timesteps(50)
-    x, noises, timesteps = seeded(2, 3, 4, 4), seeded(50, 2, 3, 4, 4, seed=1), scheduler.timesteps.tolist()
-    ours = sampler.ddim(curved, x, [(i + 1) / 1000 for i in timesteps] + [0.0], eta=eta,
-                        noise=lambda x, draws=iter(noises): next(draws))
-    for i, noise in zip(timesteps, noises):
-        x = scheduler.step(curved(x, (i + 1) / 1000), i, x, eta=eta, variance_noise=noise).prev_sample
-    torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)              # that library's ᾱ is float32
 
 
 def test_ddpm_is_the_posterior_written_out():
@@ -1299,10 +1268,13 @@ def cads_by_hand(y: Tensor, t: float, n: Tensor | None, tau1: float, tau2: float
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "ddim", "ddpm"])
-@pytest.mark.parametrize("uncond, cfg, apg, cads", [
-    (False, 1.0, None, None), (False, 2.5, None, None), (True, 1.0, None, None), (False, 2.5, [0.3, 3.0, -0.5], None),
-    (False, 1.0, None, [0.5, 0.95, 0.3, 0.8]), (False, 2.5, [0.3, 3.0, -0.5], [0.5, 0.95, 0.3, 0.8])])
+GUIDANCE = [(False, 1.0, None, None), (True, 1.0, None, None), (False, 2.5, [0.3, 3.0, -0.5], None),
+            (False, 1.0, None, [0.5, 0.95, 0.3, 0.8]), (False, 2.5, [0.3, 3.0, -0.5], [0.5, 0.95, 0.3, 0.8])]
+
+
+@pytest.mark.parametrize("name, uncond, cfg, apg, cads", [
+    *((name, False, 2.5, None, None) for name in ("euler", "heun", "ddim", "ddpm")),
+    *((name, *guidance) for name in ("heun", "ddim") for guidance in GUIDANCE)])
 def test_a_guided_trajectory_against_the_equations_written_out(name, uncond, cfg, apg, cads):
     """Whole trajectories, sampler and guidance: the oracle shares the table of ᾱ and the noise with the code."""
     model, steps, scale = small_dit(), 6, 2.0
@@ -1430,13 +1402,13 @@ def test_cads_by_hand(bounds, psi):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(variant="query", threshold=0.5), dict(sampler="ddim", eta=0.7, strength=0.5),
+    dict(variant="query", threshold=0.5), dict(sampler="ddim", eta=0.7, strength=0.5),
     *(dict(sampler=name, cads=[0.3, 0.9, 0.25, 1.0], apg=[0.0, 3.0, -0.5]) for name in ("heun", "ddpm"))], ids=str)
 def test_a_sample_does_not_depend_on_its_batch(changes):
     selected = []
-    together = draw(6, watch=lambda step: selected.extend(entry.selected for entry in step.emag.trace[-1:]), **changes)
-    for batch in (1, 4, 2):
-        torch.testing.assert_close(draw(6, batch, **changes), together, rtol=1e-9, atol=1e-9)
+    together = draw(4, watch=lambda step: selected.extend(entry.selected for entry in step.emag.trace[-1:]), **changes)
+    for batch in (1, 3):
+        torch.testing.assert_close(draw(4, batch, **changes), together, rtol=1e-9, atol=1e-9)
     assert any(len(set(map(tuple, each.tolist()))) > 1 for each in selected)       # some chose different blocks
 
 
@@ -1473,37 +1445,11 @@ def test_settings_go_through_json_and_stay():
         settings.steps = 4
 
 
-# What no flag can say and a checkpoint can; what flags can say is in bench/test_faults.py.
-BAD = {"steps": [1001, 2.5, "5", math.nan], "cfg": ["2", None], "emag": [-math.inf], "layers": [[], [-1]],
-       "window": [[1.0, 0.8]], "threshold": ["1"], "guide_channels": [1.5], "seed": [0.5], "apg": [[0, 5]],
-       "cads": [[0.6, 0.9, 0.1, 1.5]], "uncond": ["yes", None]}
-
-
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values], ids=str)
-def test_settings_that_cannot_be_name_their_flag(name, value):
-    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')}"):
-        sampler.Settings(**RUN | {name: value})
-
-
 # ------------------------------------------------------------------------------------- what the README says is true
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
 ROW = r"^\| (.+?) \| `(\w[\w.]*)` \| \[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) \|"
 TABLE = re.findall(ROW, README.replace("\\|", "|"), re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    """Tiny checkpoints: a velocity and a noise model of RGB, a noise model of latents, and its decoder."""
-    folder, model = tmp_path_factory.mktemp("files"), small_dit().float()
-    for name, prediction in (("flow.pt", "velocity"), ("eps.pt", "noise")):
-        settings = RUN | dict(steps=3, cfg=2.25, classes=["emu", "cat"], sampler="ddim" if name[0] == "e" else "euler")
-        meta = dict(prediction=prediction, class_names=["cat", "dog", "emu"], settings=settings, latent=False)
-        torch.save({"model": model.state_dict(), "config": model.config, "meta": meta}, folder / name)
-    latent = DiT(input_size=8, patch_size=4, hidden_size=384, depth=12, num_heads=6, num_classes=40)    # DiT-S
-    torch.save(randomised(latent, std=0.02).float().state_dict(), folder / "dit.pt")
-    torch.save(randomised(LatentDecoder((32,) * 4), std=0.1).float().state_dict(), folder / "vae.bin")
-    return folder
 
 
 def test_the_table_points_at_the_equations():
@@ -1519,23 +1465,16 @@ def test_the_table_points_at_the_equations():
 
 
 @pytest.mark.parametrize("name", [row[1] for row in TABLE])
-def test_each_function_of_the_table_is_on_the_way_to_a_picture(name, files, tmp_path, monkeypatch):
+def test_each_function_of_the_table_is_on_the_way_to_a_picture(name, monkeypatch):
     """Break it, and sampling breaks."""
-    class Broken(Exception):
-        pass
-
-    def broken(*args, **kwargs):
-        raise Broken
-
     *owner, last = name.split(".")
     for module in (emag_module, sampler):
         place = getattr(module, owner[0], None) if owner else module
         if hasattr(place, last):
-            monkeypatch.setattr(place, last, broken)
-    argv = ["--ckpt", files / "flow.pt", "--num", 1, "--threshold", 0.5, "--strength", 0.5, "--out", tmp_path / "x.png"]
-    with pytest.raises(Broken):
-        for flags in ([], ["--apg", "--cads"]):
-            sampler.main([str(arg) for arg in argv + flags])
+            monkeypatch.setattr(place, last, lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        for changes in ({}, dict(apg=[0.0, 5.0, -0.5], cads=[0.6, 0.9, 0.1, 1.0])):
+            draw(1, threshold=0.5, strength=0.5, **changes)
 
 
 def snippet(start: str) -> str:
@@ -1556,42 +1495,6 @@ def test_the_snippet_of_the_class_is_what_guided_does():
         exec(step_of, names)
         torch.testing.assert_close(names["pred"], predict(x, 900 - 100 * step, step)[:, :3])
     assert len(names["emag"].trace) == 3
-
-
-def test_the_two_commands(files, tmp_path):
-    """The first with a smaller checkpoint; the second is what runs this."""
-    install, draw, test = re.search(r"```\n(pip install .*) && (python .*)\n(pytest -q)\n```", README).groups()
-    needed = re.findall(r"^[a-z]+", (HERE / "requirements.txt").read_text(), re.MULTILINE)
-    assert install == "pip install -r requirements.txt" and needed == ["torch", "numpy", "einops", "pillow", "pytest"]
-    python, script, *flags = draw.split()
-    assert script == "sampler.py" and DEMO == sampler.DEMO and DEMO.exists()
-    done = subprocess.run([sys.executable, HERE / script, *flags, "--ckpt", files / "flow.pt", "--num", "1"],
-                          cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert [file.name for file in tmp_path.iterdir()] == ["samples.png"]
-
-
-def script(path: str):
-    """A script such as demo/trace.py as a module."""
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path), HERE / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-COMMANDS = re.findall(r"(?:python|--) ((?:demo/|bench/)?\w+\.py)([^`\n#|]*)", README)
-
-
-@pytest.mark.parametrize("path", sorted({path for path, _ in COMMANDS}))
-def test_every_flag_of_the_readme_is_one_of_its_script(path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(HERE / "bench")                       # whose scripts import their neighbours
-    if path == "bench/figures.py":
-        pytest.importorskip("matplotlib")
-    monkeypatch.setattr(sys, "argv", [path, "--help"])
-    with pytest.raises(SystemExit):
-        script(path).main()
-    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    assert known >= set(re.findall(r"--[\w-]+", " ".join(flags for each, flags in COMMANDS if each == path)))
 
 
 def test_emag_py_needs_torch_and_the_standard_library_alone():

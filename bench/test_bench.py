@@ -32,7 +32,7 @@ SETTINGS = Settings(sampler="euler", steps=6, cfg=2.5, emag=2.0, layers=(1, 2), 
 @pytest.fixture
 def model() -> DiT:
     torch.manual_seed(0)
-    model = DiT(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=4, num_heads=2, num_classes=3,
+    model = DiT(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=3, num_heads=2, num_classes=3,
                 learn_sigma=False)
     for parameter in model.parameters():
         if not parameter.any():                       # adaLN-Zero: every block would be the identity
@@ -216,7 +216,7 @@ def folder(tmp_path, model, monkeypatch):
     names = [f"{'flag' if i % 2 else 'noto'}:emoji{i // 2}" for i in range(180)]              # two drawings of each
     np.savez(tmp_path / "emoji.npz", images=images, labels=labels, class_names=list("abc"), names=names,
              held_out=np.arange(180) < 20, first=np.arange(180) < 10)
-    settings = dataclasses.asdict(SETTINGS) | dict(batch=8)
+    settings = dataclasses.asdict(SETTINGS) | dict(batch=16)
     meta, state = FLOW | dict(class_names=list("abc"), settings=settings), model.state_dict()
     for name, factor in (("flow", 1.0), ("weak", 0.9)):
         weights = {key: factor * tensor for key, tensor in state.items()}
@@ -241,16 +241,14 @@ RUNS = ("EMAG 2, CFG 2.5", "CFG 2.5", "CFG at*", "a random candidate", "EMAG 2, 
 
 
 def test_quality_goes_on_where_it_was_stopped(folder, capsys, monkeypatch):
-    def stop_in_the_third_batch(images):
-        if len(list((folder / "cache").glob("EMAG*"))) and next((folder / "cache").glob("EMAG*")).stat().st_size:
-            calls.append(len(images))
-            if len(calls) == 2:
-                raise Stopped
+    def stop_in_the_second_batch(images):
+        if any(file.stat().st_size for file in (folder / "cache").glob("EMAG*")):
+            raise Stopped
         return whole(images)
 
-    calls, whole, argv = [], quality.features_of, flags(folder, "--seeds", "0", "--only", *RUNS)
+    whole, argv = quality.features_of, flags(folder, "--seeds", "0", "--only", *RUNS)
     with monkeypatch.context() as patch:
-        patch.setattr(quality, "features_of", stop_in_the_third_batch)
+        patch.setattr(quality, "features_of", stop_in_the_second_batch)
         with pytest.raises(Stopped):
             quality.main(argv)
     assert [len(np.load(file)["images"]) for file in (folder / "cache").glob("EMAG*")] == [16]
@@ -385,7 +383,6 @@ def test_cfg_at_each_omega_and_at_their_mean(folder):
         assert found["omega"] == pytest.approx(scales.numpy(), rel=1e-5)
 
 
-@pytest.mark.parametrize("script", [quality, negatives])
 @pytest.mark.parametrize("more, words", [
     (["--num", "11"], ("11 samples", "12")), (["--num", "-1"], ("--num", "-1")), (["--num", "x"], ("--num", "x")),
     (["--real", "90"], ("90 training images", "128")), (["--real", "-5"], ("--real", "-5")),
@@ -397,13 +394,14 @@ def test_cfg_at_each_omega_and_at_their_mean(folder):
     (["--data", "/dev/null"], ("--data /dev/null",)), (["--cache", "/dev/null"], ("/dev/null",)),
     (["--set", '{"steps": 0}'], ("--steps 0", "1000")), (["--set", '{"step": 5}'], ("--set", "apg, batch")),
     (["--set", "5"], ("--set", "JSON")), (["--set", "{"], ("--set",)), (["--set", '{"cfg": 1}'], ("than 1",)),
-    (["--set", '{"dtype": "int7"}'], ("dtype int7", "bfloat16")), (["--set", '{"layers": [1, 99]}'], ("layers", "0…3")),
+    (["--set", '{"dtype": "int7"}'], ("dtype int7", "bfloat16")), (["--set", '{"layers": [1, 99]}'], ("layers", "0…2")),
     (["--set", '{"sampler": "ddim"}'], ("sampler ddim", "euler"))])
-def test_scripts_refuse_in_one_line_before_they_work(script, folder, capsys, more, words):
-    assert script.main(flags(folder, *more)) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and all(word in error for word in words), error
-    assert error.startswith(Path(script.__file__).name) and len(list(folder.glob("cache/*"))) <= 2
+def test_scripts_refuse_in_one_line_before_they_work(folder, capsys, more, words):
+    for script in (quality, negatives):
+        assert script.main(flags(folder, *more)) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and all(word in error for word in words), error
+        assert error.startswith(Path(script.__file__).name) and len(list(folder.glob("cache/*"))) <= 2
 
 
 def test_a_cut_file_of_the_cache_is_named(folder, capsys):
@@ -414,7 +412,7 @@ def test_a_cut_file_of_the_cache_is_named(folder, capsys):
                                   ("measured-step-3-EMAG-*", negatives, ["--only", "EMAG"])):
         file = next((folder / "cache").glob(pattern))
         whole = file.read_bytes()
-        for cut in (100, len(whole) // 2, 0):
+        for cut in (len(whole) // 2, 0):
             file.write_bytes(whole[:cut])
             capsys.readouterr()
             assert script.main(flags(folder, *more, *few)) == 2
@@ -681,11 +679,11 @@ def test_first_picture_shows_the_samples_whose_negative_is_furthest(folder, mode
     tables, steps = [], []
     draw = figures.draw_grid
     monkeypatch.setattr(figures, "draw_grid", lambda *given: (tables.append(given), draw(*given))[1])
-    figures.draw_negative(folder / "negative.png", folder / "flow.pt", 3)                             # in two batches
-    sample(model, FLOW, [0, 1, 2] * 3, range(9), SETTINGS, steps.append)
+    figures.draw_negative(folder / "negative.png", folder / "flow.pt", 6)                             # in two batches
+    sample(model, FLOW, [0, 1, 2] * 6, range(18), SETTINGS, steps.append)
     moved = [step.t * (step.clean - step.negative) for step in steps if step.negative is not None]      # x̂₀ = x − t·v
     far = sum(x.flatten(1).norm(dim=1) for x in moved)
-    best = sorted((max(range(label, 9, 3), key=lambda i: far[i]) for label in range(3)), key=lambda i: -far[i])[:2]
+    best = sorted((max(range(label, 18, 3), key=lambda i: far[i]) for label in range(3)), key=lambda i: -far[i])[:2]
     best.sort(key=lambda i: i % 3)
     (table, labels), = tables
     for images, label, scale in zip(table, labels, (1.0, 0.0, 2.0)):
@@ -818,7 +816,7 @@ def test_overhead_from_end_to_end(shallow, capsys, monkeypatch):
     assert float(found["CFG"]) == 1 < float(found["EMAG"])
     diffusers = pytest.importorskip("diffusers")
     whole = diffusers.SD3Transformer2DModel
-    monkeypatch.setattr(diffusers, "SD3Transformer2DModel", lambda num_layers, **config: whole(num_layers=4, **config))
+    monkeypatch.setattr(diffusers, "SD3Transformer2DModel", lambda num_layers, **config: whole(num_layers=3, **config))
     assert overhead.main(["--count", "--model", "SD3-tiny"]) == 0
     printed = capsys.readouterr().out
     assert all(f"EMAG{kind}: the negative adds" in printed for kind in ("", "-I", "-Q"))

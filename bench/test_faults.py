@@ -5,13 +5,15 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shlex
 import signal
 import stat
-import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ resource = pytest.importorskip("resource", reason="limits, FIFOs and forks: Wind
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sampler  # noqa: E402
 from dit import DiT, LatentDecoder, load_dit  # noqa: E402
-from test_emag import HERE, script  # noqa: E402
+from test_emag import RUN, script  # noqa: E402
 
 torch.set_num_threads(1)                 # the models are tiny, and a process that forks may have no other threads
 many, train = script("bench/many.py"), script("demo/train.py")
@@ -377,6 +379,18 @@ def test_wrong_input_is_one_line_and_changes_nothing(command, message, folder, m
     assert out == "" or "gives NaN" in err or "observed attention" in err              # else before the sampling begins
 
 
+# What no flag can say, and a checkpoint or a picture can.
+BAD = {"steps": [1001, 2.5, "5", math.nan], "cfg": ["2", None], "emag": [-math.inf], "layers": [[], [-1]],
+       "window": [[1.0, 0.8]], "threshold": ["1"], "guide_channels": [1.5], "seed": [0.5], "apg": [[0, 5]],
+       "cads": [[0.6, 0.9, 0.1, 1.5]], "uncond": ["yes", None]}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values], ids=str)
+def test_settings_that_cannot_be_name_their_flag(name, value):
+    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')}"):
+        sampler.Settings(**RUN | {name: value})
+
+
 @functools.cache
 def loaded(path: Path, heads: int | None):
     return load_dit(path, heads)
@@ -425,13 +439,17 @@ def test_sigterm_leaves_no_file_behind(tmp_path, capsys):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_stdout_that_lacks_characters(folder, tmp_path):
+def test_stdout_that_lacks_characters(folder, monkeypatch, capsys):
     """A pipe on Windows."""
+    monkeypatch.chdir(folder)
     for flags in ("--help", "--ckpt tiny.pt --num 1 --out ü→.png"):
-        done = subprocess.run([sys.executable, HERE / "sampler.py", *flags.split()], cwd=folder, capture_output=True,
-                              env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
-        assert (done.returncode, done.stderr) == (0, b"") and b"\\u" in done.stdout
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+        with contextlib.suppress(SystemExit):
+            assert sampler.main(flags.split()) == 0
+        sys.stdout.flush()
+        assert b"\\u" in sys.stdout.buffer.getvalue()
     (folder / "ü→.png").unlink()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_file_keeps_its_mode_and_others_have_the_users(tmp_path):
@@ -497,12 +515,25 @@ def test_the_trace_of_any_settings(flags, folder, tmp_path, monkeypatch):
 MANY = "--ckpt tiny.pt --num 24 --batch 3 --steps 3 --out".split()
 
 
+def fork(run: Callable[[], int]) -> int:
+    """The number of a process that runs this and ends with what it returns."""
+    pid, code = os.fork(), 1
+    if not pid:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = run()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
 def run_many(*argv, processes: int = 1, times: int = 1, kill_at: int | None = None) -> list[int]:
     """The exit codes of as many processes, all running at once, `times` times; kill_at kills each with that file
     written and not yet renamed."""
-    def child(rank: int):
+    def child(rank: int) -> int:
         os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="192.0.2.1") if processes > 1 else {}
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         replace, calls = Path.replace, itertools.count(1)
 
         def replace_or_die(path: Path, target: Path):
@@ -511,14 +542,13 @@ def run_many(*argv, processes: int = 1, times: int = 1, kill_at: int | None = No
             return replace(path, target)
 
         Path.replace = replace_or_die
-        os._exit(many.main([*MANY, *map(str, argv)]))
+        return many.main([*MANY, *map(str, argv)])
 
-    started = []
-    for rank in [*range(processes)] * times:
-        started.append(os.fork())
-        if not started[-1]:
-            child(rank)
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+    return wait([fork(functools.partial(child, rank)) for rank in [*range(processes)] * times])
+
+
+def wait(processes: list[int]) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in processes]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -534,7 +564,7 @@ def whole(folder) -> dict[str, bytes]:
     return files
 
 
-@pytest.mark.parametrize("processes, kill_at", [(1, 5), (2, 5), (4, 3), (1, 25)])            # the 25th file is the .npz
+@pytest.mark.parametrize("processes, kill_at", [(1, 5), (4, 3), (1, 25)])                    # the 25th file is the .npz
 def test_killed_runs_go_on_to_the_same_images(processes, kill_at, whole, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     out, npz = tmp_path / "out", tmp_path / "out.npz"
@@ -576,12 +606,22 @@ def test_under_torchrun(folder, tmp_path):
     tokens, the number of threads changes the rounding."""
     sizes = dict(input_size=32, patch_size=1, hidden_size=64, in_channels=3, learn_sigma=False)
     torch.save(dict(model=weights(**sizes), config=SIZES | sizes, meta=META), tmp_path / "wide.pt")
-    argv = ["bench/many.py", "--ckpt", tmp_path / "wide.pt", "--num", 4, "--batch", 2, "--emag", 1, "--out"]
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2 --"
-    for name, launch, threads in (("two", torchrun, 1), ("one", "", 3)):
-        command = [*launch.split(), *argv, tmp_path / name, "--npz", tmp_path / f"{name}.npz"]
-        done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-        assert done.returncode == 0, done.stderr
+    argv = f"--ckpt {tmp_path}/wide.pt --num 4 --batch 2 --emag 1 --out {tmp_path}/{{0}} --npz {tmp_path}/{{0}}.npz"
+
+    def one() -> int:
+        torch.set_num_threads(3)
+        return many.main(argv.format("one").split())
+
+    def two() -> int:                                # torchrun's own machinery, which forks a process that has torch
+        from torch.distributed import launcher, run
+        command = ["bench/many.py", *argv.format("two").split()]
+        config, _, left = run.config_from_args(run.parse_args([
+            "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--nproc-per-node=2", "--", *command]))
+        assert left[-len(command):] == command
+        config.start_method = "fork"
+        codes = launcher.elastic_launch(config, many.main)(command[1:])
+        return codes != {0: 0, 1: 0}
+
+    assert wait([fork(one), fork(two)]) == [0, 0]
     assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(contents(tmp_path / "one")) == 5
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()

@@ -2,6 +2,7 @@
 What wrong input does is in bench/test_faults.py."""
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,24 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import emag as emag_module  # noqa: E402
 import sampler  # noqa: E402
-from dit import load_decoder, load_dit  # noqa: E402
-from test_emag import files, script, small_dit  # noqa: E402, F401
+from dit import DIT_SIZES, DiT, LatentDecoder, load_decoder, load_dit  # noqa: E402
+from test_emag import HERE, README, RUN, randomised, script, small_dit  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder of tiny checkpoints: a velocity and a noise model of RGB, a noise model of latents, and its decoder."""
+    folder, model = tmp_path_factory.mktemp("files"), small_dit().float()
+    for name, prediction in (("flow.pt", "velocity"), ("eps.pt", "noise")):
+        settings = RUN | dict(steps=3, cfg=2.25, classes=["emu", "cat"], sampler="ddim" if name[0] == "e" else "euler")
+        meta = dict(prediction=prediction, class_names=["cat", "dog", "emu"], settings=settings, latent=False)
+        torch.save({"model": model.state_dict(), "config": model.config, "meta": meta}, folder / name)
+    latent = DiT(input_size=8, patch_size=4, hidden_size=48, depth=5, num_heads=6, num_classes=40)
+    torch.save(randomised(latent, std=0.2).float().state_dict(), folder / "dit.pt")
+    torch.save(randomised(LatentDecoder((32,) * 4), std=0.1).float().state_dict(), folder / "vae.bin")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DIT_SIZES, "tiny", (48, 5, 6))                          # DiT-S itself takes seconds
+        yield folder
 
 
 def run_cli(capsys, *argv) -> tuple[int, str, str]:
@@ -89,7 +106,7 @@ def test_latent_checkpoints(argv, files, tmp_path, capsys):
     common = ["--ckpt", files / "dit.pt", "--steps", 3, "--classes", "3,7", "--num", 4, *argv]
     code, out, err = run_cli(capsys, *common, "--vae", files / "vae.bin", "--out", tmp_path / "grid.png")
     settings, velocity = json.loads(out.splitlines()[0]), "--flow" in argv
-    assert (code, err) == (0, "") and settings["layers"] == [5] and settings["cfg"] == 1.5
+    assert (code, err) == (0, "") and settings["layers"] == [2] and settings["cfg"] == 1.5
     assert settings["emag"] == (1.5 if velocity else 3.0)
     assert settings["window"] == ([1.0, 0.8, 0.2] if velocity else [0.6, 0.4, 0.2])
     assert run_cli(capsys, *common, "--latents", tmp_path / "z.npy")[0] == 0
@@ -213,7 +230,7 @@ def test_no_float64_is_asked_of_a_device_that_has_none(files, monkeypatch):
             assert all(each.dtype in (torch.float32, torch.int64) for each in args)
             return run(*args)
 
-    settings = sampler.Settings(emag=2.0, cfg=2.0, layers=[5, 6], sampler="ddpm", steps=3, apg=[0, 5, -0.5],
+    settings = sampler.Settings(emag=2.0, cfg=2.0, layers=[2, 3], sampler="ddpm", steps=3, apg=[0, 5, -0.5],
                                 cads=[0.1, 0.9, 0.1, 1])
     x = sampler.sample(model, meta, [1, 2], range(2), settings)
     assert x.dtype == torch.float64 and sampler.to_images(x, decoder).shape == (2, 64, 64, 3)
@@ -262,3 +279,35 @@ def test_trace_draws_what_happened(flags, files, tmp_path, monkeypatch):
         expected = torch.stack([each[0, :, kept.token].mean(dim=0) for each in maps[i * layers:(i + 1) * layers]])
         torch.testing.assert_close(attn, expected, rtol=1e-3, atol=1e-5)
     assert len(kept.rows) == (0 if settings.variant == "query" else len(kept.emag.trace))
+
+
+# ------------------------------------------------------------------------------------- what the README says is true
+
+
+def test_the_two_commands(files, tmp_path, monkeypatch):
+    """The first with a smaller checkpoint; the second is what runs this."""
+    install, draw, test = re.search(r"```\n(pip install .*) && (python .*)\n(pytest -q)\n```", README).groups()
+    needed = re.findall(r"^[a-z]+", (HERE / "requirements.txt").read_text(), re.MULTILINE)
+    assert install == "pip install -r requirements.txt" and needed == ["torch", "numpy", "einops", "pillow", "pytest"]
+    python, path, *flags = draw.split()
+    assert path == "sampler.py" and sampler.DEMO == HERE / "demo" / "emoji-flow.pt" and sampler.DEMO.exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [path, *flags, "--ckpt", str(files / "flow.pt"), "--num", "1"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(HERE / path, run_name="__main__")
+    assert ended.value.code == 0 and [file.name for file in tmp_path.iterdir()] == ["samples.png"]
+
+
+COMMANDS = re.findall(r"(?:python|--) ((?:demo/|bench/)?\w+\.py)([^`\n#|]*)", README)
+
+
+@pytest.mark.parametrize("path", sorted({path for path, _ in COMMANDS}))
+def test_every_flag_of_the_readme_is_one_of_its_script(path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "bench")                       # whose scripts import their neighbours
+    if path == "bench/figures.py":
+        pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", [path, "--help"])
+    with pytest.raises(SystemExit):
+        script(path).main()
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert known >= set(re.findall(r"--[\w-]+", " ".join(flags for each, flags in COMMANDS if each == path)))
