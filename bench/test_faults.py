@@ -205,7 +205,7 @@ sampler --ckpt fifo.png                        | fifo.png: no such checkpoint fi
 sampler --ckpt /dev/zero                       | /dev/zero: no such checkpoint file
 sampler --ckpt file.txt                        | file.txt: cannot be read, perhaps truncated (
 sampler --ckpt dir.png                         | dir.png: a folder without .safetensors or .bin: need a file
-sampler --ckpt vae.bin                         | vae.bin: not a DiT checkpoint: this looks like an autoencoder (VAE): pass it as --vae
+sampler --ckpt vae.bin                         | vae.bin: not a DiT checkpoint
 sampler --ckpt says-short.pt                   | says-short.pt: recommends settings that cannot be used: --steps 0: need a number
 sampler --ckpt says-kind.pt                    | says-kind.pt: recommends settings that cannot be used: --cfg 2: need a number
 sampler --ckpt says-tensor.pt                  | says-tensor.pt: recommends settings that cannot be used: --emag tensor([1., 1.]): need
