@@ -79,14 +79,15 @@ def claim_folder(folder: Path, settings: dict, make: bool = True):
         if not make:
             return
         folder.mkdir(exist_ok=True)
-        with whole_file(file, keep=False) as beside:
+        with whole_file(file) as beside:
             beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
             try:
                 os.link(beside, file)                                     # unlike a renaming, never over another's file
+                beside.unlink()
             except FileExistsError:
+                beside.unlink()
+            except OSError:                                               # no hard links here: it is renamed
                 pass
-            except OSError:                                               # a file system without hard links
-                beside.replace(file)
     try:
         found = json.loads(file.read_bytes()) if file.is_file() else None
     except (ValueError, RecursionError):
