@@ -248,7 +248,7 @@ def need(good, message: str):
 
 
 @contextmanager
-def naming(file: str | Path, kinds: type | tuple[type, ...] = (ValueError, OSError)):
+def naming(file: str | Path, kinds=(ValueError, OSError)):
     """An error of these kinds inside becomes a ValueError of one line that begins with the file's name. Parsers of
     foreign bytes raise all kinds; elsewhere a KeyError is a bug of this project and stays one."""
     try:

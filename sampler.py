@@ -285,6 +285,8 @@ class CADS:
 SCALE, SHARE, COUNT = (-1e6, 1e6), (0.0, 1.0), (1, 10**6)                 # a setting is whole where its limits are
 LIMITS = dict(steps=(1, TRAIN_STEPS), cfg=SCALE, emag=SCALE, threshold=SCALE, beta=SHARE, strength=SHARE, eta=SHARE,
               guide_channels=COUNT, num=COUNT, batch=COUNT, seed=(0, 2**63))
+CHOICES = dict(sampler=("euler", "heun", "ddim", "ddpm"), variant=("map", "image", "query"),
+               dtype=("float32", "bfloat16", "float16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,13 +319,18 @@ class Settings:
     vae: str | None = None                        # the fingerprint of the decoder's weights
 
     def __post_init__(self):
-        for name in ("layers", "window", "apg", "cads", "classes"):       # lists, as they come from JSON and argparse
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, (low, high) in LIMITS.items():
-            value, optional = getattr(self, name), getattr(Settings, name, "") is None
-            need(value is None and optional or isinstance(value, (int, type(low))) and low <= value <= high,
-                 f"--{name.replace('_', '-')} {value}: need a number from {low} to {high}")
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if name in ("layers", "window", "apg", "cads", "classes"):    # JSON and argparse make lists
+                object.__setattr__(self, name, tuple(value))
+            if name in LIMITS:
+                low, high = LIMITS[name]
+                need(isinstance(value, (int, type(low))) and low <= value <= high,
+                     f"--{name.replace('_', '-')} {value}: need a number from {low} to {high}")
+            if name in CHOICES:
+                need(value in CHOICES[name], f"--{name} {value}: need one of {', '.join(CHOICES[name])}")
         Window(*self.window)                                              # a ValueError where they are out of order
         a, c = self.apg or (0, 1, 0), self.cads or (0, 1, 1, 1)
         need(len(a) == 3 and 0 <= a[0] <= 1e6 and 0 < a[1] <= 1e6 and -1 < a[2] < 1,
@@ -492,7 +499,7 @@ def make_parser(description: str) -> tuple[argparse.ArgumentParser, argparse._Ar
     add("--ckpt", type=Path, default=DEMO, metavar="PATH", help="a file, or a diffusers folder (default: the demo's)")
     add("--vae", type=Path, metavar="PATH", help="the decoder of latents, sd-vae-ft-ema or -mse (default: none)")
     add("--device", default="auto", help="cpu, cuda, or mps, untested on a Mac (default: auto, cuda if there is one)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+    add("--dtype", default="auto", choices=("auto", *CHOICES["dtype"]),
         help="of the network (default: auto, bfloat16 on cuda, else float32)")
     add("--heads", type=int, help="of attention, where it is none of DiT-S, B, L, XL (default: the checkpoint's)")
     add("--flow", choices=FLOWS, help="a velocity as of rectified flow, SiT or REPA (default: the checkpoint's)")
@@ -502,7 +509,7 @@ def make_parser(description: str) -> tuple[argparse.ArgumentParser, argparse._Ar
     add("--layers", type=split, metavar="LIST", help="the candidate blocks, counted from 0, such as 4-7 or 4,6")
     add("--beta", type=float, metavar="B", help="EMA decay β")
     add("--strength", type=float, metavar="L", help="blend λ")
-    add("--variant", choices=["map", "image", "query"], help="EMAG, EMAG-I (in a DiT the same), or EMAG-Q")
+    add("--variant", choices=CHOICES["variant"], help="EMAG, EMAG-I (in a DiT the same), or EMAG-Q")
     add("--threshold", type=float, metavar="Z", help="select every block with z ≥ Z beside the argmax")
     add("--window", type=float, nargs=3, metavar=("START", "APPLY", "STOP"),
         help="1 ≥ START ≥ APPLY ≥ STOP ≥ 0: of the steps left")
@@ -512,7 +519,7 @@ def make_parser(description: str) -> tuple[argparse.ArgumentParser, argparse._Ar
     add("--cads", type=float, nargs="*", metavar="TAU1 TAU2 S PSI", help="CADS; no numbers: 0.6 0.9 EMBEDDING_STD/4 1")
     add = parser.add_argument_group("sampling", otherwise).add_argument
     add("--like", type=Path, metavar="FILE.png", help="the settings of a picture that these scripts drew; flags win")
-    add("--sampler", choices=["euler", "heun", "ddim", "ddpm"], help="two of velocity, two of noise")
+    add("--sampler", choices=CHOICES["sampler"], help="two of velocity, two of noise")
     add("--steps", type=int, metavar="N", help="of the sampler")
     add("--eta", type=float, metavar="E", help="ddim's noise: 0 none, 1 as ddpm")
     add("--classes", type=split, metavar="all|LIST", help="by number, or by name where there are names")
@@ -573,7 +580,7 @@ def prepare(args: argparse.Namespace, per_class: int = 8) -> tuple:
     need(not like or like.weights == weights,
          f"--like {args.like}: was drawn with other weights than {name} has: need --ckpt {like and like.checkpoint}")
     depth, first, end = config["depth"], config["depth"] * 12 // 28, config["depth"] * 16 // 28
-    with naming(f"{args.ckpt}, its settings", Exception):
+    with naming(f"{args.ckpt}, its settings", (TypeError, ValueError)):
         published = PUBLISHED[meta["prediction"]] | dict(layers=range(first, max(end, first + 1)))
         base = like or Settings(**published | (meta["settings"] or {}))
 

@@ -54,7 +54,7 @@ def remove_leftovers(folder: Path):
     for file in folder.glob(".*-*-*.tmp"):
         *node, pid, _ = file.name[1:].split("-")
         try:
-            if "-".join(node) == platform.node() and int(pid) != os.getpid():
+            if "-".join(node) == platform.node():
                 os.kill(int(pid), 0)                                      # asks whether it runs
             ended = time.time() - file.stat().st_mtime > 3600
         except ProcessLookupError:
