@@ -526,9 +526,7 @@ def make_parser(description: str) -> tuple[argparse.ArgumentParser, argparse._Ar
     add("--num", type=int, metavar="N", help="images in all, dealt to the classes in turn; else some of each")
     add("--batch", type=int, metavar="N", help="images drawn together")
     add("--seed", type=int, metavar="N", help="of the noise")
-    output = parser.add_argument_group("output")
-    output.add_argument("--verbose", action="store_true", help="print all settings as JSON (default: a line)")
-    return parser, output
+    return parser, parser.add_argument_group("output")
 
 
 def parse_numbers(flag: str, parts: Sequence[int | str], count: int, names: Sequence[str] = ()) -> list[int]:
@@ -669,7 +667,7 @@ def main(argv: Sequence[str] | None):
     model, meta, decoder, settings, labels = prepare(args)
     num, batch, columns, started = settings.num, settings.batch, len(settings.classes), time.monotonic()
     need(args.latents or num <= 10**4, f"--num {num}: a grid has room for 10000: need bench/many.py")
-    print(json.dumps(dataclasses.asdict(settings)) if args.verbose else settings, flush=True)
+    print(settings, flush=True)
     progress = Progress(num, settings.steps)
     x = torch.cat([sample(model, meta, labels[start:start + batch], range(num)[start:start + batch], settings, progress)
                    for start in range(0, num, batch)])

@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None):
     num, told = settings.num, json.loads(json.dumps(dataclasses.asdict(settings)))
     claim_folder(args.out, told, make=False)
     if rank == 0:
-        print(json.dumps(told) if args.verbose else settings, flush=True)
+        print(settings, flush=True)
 
     side = model.config["input_size"] * (2 ** (len(decoder.decoder.up_blocks) - 1) if decoder else 1)
     file_of = lambda index: args.out / f"{index:06d}.png"                                             # noqa: E731
