@@ -404,7 +404,8 @@ def full_disk():
 
 @pytest.mark.parametrize("error, code, line", [
     (KeyboardInterrupt(), 130, "interrupted"), (MemoryError("Unable to allocate"), 2, "Unable to allocate"),
-    (ValueError("one\ntwo ü\udcff"), 2, "one two ü\\udcff"), (RuntimeError("CUDA error"), 2, "CUDA error")])
+    (ValueError("one\ntwo ü\udcff\x1b[2J"), 2, "one two ü\\udcff\\x1b[2J"),
+    (RuntimeError("CUDA error"), 2, "CUDA error")])
 def test_errors_are_one_line(error, code, line, capsys):
     def run(argv):
         raise error
