@@ -331,6 +331,7 @@ class Settings:
                      f"--{name.replace('_', '-')} {value}: need a number from {low} to {high}")
             if name in CHOICES:
                 need(value in CHOICES[name], f"--{name} {value}: need one of {', '.join(CHOICES[name])}")
+        need(len(self.window) == 3, f"--window {self.window}: need START, APPLY and STOP")
         Window(*self.window)                                              # a ValueError where they are out of order
         a, c = self.apg or (0, 1, 0), self.cads or (0, 1, 1, 1)
         need(len(a) == 3 and 0 <= a[0] <= 1e6 and 0 < a[1] <= 1e6 and -1 < a[2] < 1,
