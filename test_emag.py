@@ -1456,8 +1456,8 @@ def test_settings_go_through_json_and_stay():
 
 
 # What no flag can say and a checkpoint can; what flags can say is in bench/test_faults.py.
-BAD = {"steps": [1001, 2.5, "5", math.nan], "cfg": ["2", None], "emag": [-math.inf], "window": [[1.0, 0.8]], "threshold": ["1"],
-       "guide_channels": [1.5], "seed": [0.5], "apg": [[0, 5]], "cads": [[0.6, 0.9, 0.1, 1.5]],
+BAD = {"steps": [1001, 2.5, "5", math.nan], "cfg": ["2", None], "emag": [-math.inf], "window": [[1.0, 0.8]],
+       "threshold": ["1"], "guide_channels": [1.5], "seed": [0.5], "apg": [[0, 5]], "cads": [[0.6, 0.9, 0.1, 1.5]],
        "sampler": ["rk4", ["ddim"]], "variant": [None], "dtype": ["float64", {}]}
 
 
