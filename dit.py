@@ -9,7 +9,6 @@ import json
 import math
 import pickle
 import re
-import warnings
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -234,7 +233,6 @@ class LatentDecoder(nn.Module):
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-CONTROL = r"[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"               # line breaks, and what a terminal may obey
 DIFFUSERS_NAMES = {"pos_embed.proj": "x_embedder.proj", "transformer_blocks.": "blocks.",
                    "norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
                    "norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
@@ -250,21 +248,16 @@ def need(good, message: str):
 
 
 @contextmanager
-def naming(path: str | Path):
-    """A ValueError or OSError inside becomes a ValueError of one line that begins with the file's name."""
+def naming(file: str | Path, kinds=(ValueError, OSError)):
+    """An error of these kinds inside becomes a ValueError of one line that begins with the file's name. Parsers of
+    foreign bytes raise all kinds; elsewhere a KeyError is a bug of this project and stays one."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        raise ValueError(re.sub(f"{CONTROL}+", " ", f"{path}: {str(error)[:400]}")) from error
-
-
-def parse_json(text: bytes, what: str) -> dict:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        value = error
-    need(isinstance(value, dict), f"{what} cannot be read, perhaps truncated: need a JSON dict, not {value!r:.200}")
-    return value
+    except kinds as error:
+        why = f"{error!s:.400}"
+        if type(error) is not ValueError:
+            why = f"cannot be read, perhaps truncated ({type(error).__name__}: {why})"
+        raise ValueError(" ".join(f"{file}: {why}".split())) from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -272,43 +265,34 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     of the tensors. They are mapped into memory, not copied."""
     data = np.memmap(path, np.uint8, mode="c")
     end = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header, data, tensors = parse_json(data[8:end].tobytes(), "its header"), data[end:], {}
+    header, data, tensors = json.loads(data[8:end].tobytes()), data[end:], {}
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        match entry:
-            case {"dtype": str(kind), "shape": [*shape], "data_offsets": [int(start), int(stop)]} if (
-                    kind in SAFETENSORS_DTYPES and all(type(n) is int and n > 0 for n in shape)
-                    and stop - start == math.prod(shape) * SAFETENSORS_DTYPES[kind].itemsize
-                    and 0 <= start < stop <= len(data)):
-                tensors[name] = torch.from_numpy(data[start:stop]).view(SAFETENSORS_DTYPES[kind]).reshape(shape)
-            case _:
-                raise ValueError(f"truncated, or a wrong header: {name} is {entry!s:.120}: need one of the dtypes "
-                                 f"{' '.join(SAFETENSORS_DTYPES)}, and data_offsets that the shape fills")
+        need(entry["dtype"] in SAFETENSORS_DTYPES,
+             f"{name} has the dtype {entry['dtype']}: need one of {' '.join(SAFETENSORS_DTYPES)}")
+        start, stop = entry["data_offsets"]
+        tensor = torch.from_numpy(data[start:stop]).view(SAFETENSORS_DTYPES[entry["dtype"]])
+        tensors[name] = tensor.reshape(entry["shape"])
     need(sum(tensor.nbytes for tensor in tensors.values()) == len(data), "its tensors overlap, or do not fill the file")
     return tensors
 
 
 def unpickle(path: Path):
     """What a .pt or .bin file holds: tensors, plain values and argparse.Namespace. Never runs pickled code."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+            need(size <= path.stat().st_size, "compressed, which torch.save never does: refused unread")
+            damaged = archive.testzip()                                       # torch.load does not look at the CRC-32
+            need(not damaged, f"damaged: {damaged} has not the CRC-32 that it was saved with: download it again")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
-                need(size <= path.stat().st_size, "compressed, which torch.save never does: refused unread")
-                damaged = archive.testzip()                                   # torch.load does not look at the CRC-32
-                need(not damaged, f"damaged: {damaged} has not the CRC-32 that it was saved with: download it again")
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except pickle.UnpicklingError as error:                                   # torch's advice is to run the code
         found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
         raise ValueError(f"holds a {found[1]}, whose loading could run code: if you trust the file, save only `ema`: "
                          "torch.save(torch.load(f, weights_only=False)['ema'], g), or a whole model's .state_dict()"
                          if found else "no checkpoint, or one whose loading could run code: refused unread") from None
-    except Exception as error:              # from a damaged archive or pickle zipfile and torch raise them of any kind
-        if type(error) in (ValueError, MemoryError):
-            raise
-        raise ValueError(f"cannot be read, perhaps truncated ({type(error).__name__}: {error})") from None
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict, Path]:
@@ -316,22 +300,19 @@ def read_checkpoint(path: str | Path) -> tuple[dict, Path]:
     variant such as fp16.  Raises ValueError where it cannot be read."""
     path = Path(path)
     with naming(path):
-        need(not (path / "model_index.json").is_file(), "a pipeline's folder: need its transformer/ (or vae/)")
         if path.is_dir():
             files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")],
                            key=lambda file: (len(file.suffixes), "-of-" in file.name, file.suffix == ".bin", file.name))
-            need(files, "a folder without .safetensors or .bin: need a file, or a diffusers model's folder")
+            need(files, "a folder without .safetensors or .bin: need a file, or a diffusers transformer/ or vae/")
             path = files[0]
-        hub = re.fullmatch(r"[\w-]+/[\w.-]+", path.as_posix()) and path.suffix not in (".pt", ".bin", ".safetensors")
-        need(path.is_file(), "no such checkpoint file" + (f", but a hub name: download it first: hf download "
-                                                          f"{path.as_posix()} --local-dir {path.name}" if hub else ""))
-    with naming(path):
+        need(path.is_file(), "no such checkpoint file: need a file, or a diffusers model's folder (from the hub: "
+                             "hf download OWNER/NAME --local-dir NAME)")
+    with naming(path, Exception):
         need("-of-" not in path.name, "one of several files (sharded): save them as one, "
                                       "from_pretrained(folder).save_pretrained(new_folder, max_shard_size='99GB')")
         with path.open("rb") as file:
-            start = file.read(64)
-        need(not start.startswith(b"version https://git-lfs"), "a Git LFS pointer to the file: run git lfs pull")
-        need(not re.match(rb"\s*<(!doctype|html|\?xml)", start, re.I), "a web page: download the file itself")
+            need(not re.match(rb"version https://git-lfs|\s*<(!doctype|html|\?xml)", file.read(64), re.I),
+                 "a web page, or a Git LFS pointer: download the file itself, or run git lfs pull")
         content = read_safetensors(path) if path.suffix == ".safetensors" else unpickle(path)
         need(isinstance(content, dict), f"holds a {type(content).__name__}: need a dict")
         return content, path
@@ -346,8 +327,7 @@ def clean_state(state) -> dict[str, Tensor]:
              f"its weights lie under {name!r} or another key: pass one on: torch.save(torch.load(f)[{name!r}], g)")
     for name, value in state.items():
         need(isinstance(name, str) and isinstance(value, Tensor) and value.is_floating_point() and value.ndim
-             and value.layout == torch.strided and not value.is_nested and value.device.type == "cpu"
-             and 0 < value.nbytes <= value.untyped_storage().nbytes(),
+             and value.numel() and value.layout == torch.strided and value.device.type == "cpu",
              f"{name!r} names a {getattr(value, 'dtype', type(value))}: need dense floating-point tensors, none empty")
     state = {re.sub(r"^(module\.|_orig_mod\.|model\.)+", "", name): value for name, value in state.items()}
     return {name: value for name, value in state.items() if not name.startswith("projectors.")}
@@ -358,9 +338,9 @@ def need_names(state: dict, names: set[str], what: str):
         raise ValueError(f"not {what}: it has no {name}, but {', '.join(sorted(state)[:3]) or 'nothing'}")
 
 
-def from_diffusers(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
+def from_diffusers(state: dict[str, Tensor], size) -> dict[str, Tensor]:
     """The official layout of a state dict in the diffusers layout, which has three layers for q, k and v, a copy of the
-    time and class embedders in every block, and no positional embedding."""
+    time and class embedders in every block, and no positional embedding. size: the sample_size of its config.json."""
     official = {}
     for name, tensor in state.items():
         if ".to_k." in name or ".to_v." in name or name == "pos_embed.pos_embed":
@@ -373,7 +353,7 @@ def from_diffusers(state: dict[str, Tensor], config: dict) -> dict[str, Tensor]:
         name = re.sub(r"^blocks\.\d+\.([ty]_embedder)", r"\1", name)
         need(torch.equal(official.setdefault(name, tensor), tensor),
              f"the blocks' copies of {name} differ: this DiT has one for all blocks")
-    proj, size = official["x_embedder.proj.weight"], config.get("sample_size")
+    proj = official["x_embedder.proj.weight"]
     patch = proj.shape[-1]
     need(type(size) is int and size % patch == 0 and 1 <= size // patch <= 256, "config.json has the sample_size "
          f"{size!r:.60}: need a multiple of the patch size {patch}, at most {256 * patch}")
@@ -396,19 +376,6 @@ def config_of(state: dict[str, Tensor], heads: int | None, class_dropout: bool) 
     return dict(input_size=grid * patch, patch_size=patch, in_channels=channels, hidden_size=dim, depth=depth,
                 num_heads=heads, num_classes=len(state["y_embedder.embedding_table.weight"]) - class_dropout,
                 learn_sigma=out == 2 * channels * patch**2, class_dropout=class_dropout)
-
-
-def check_meta(meta: dict, channels: int, classes: int):
-    """Raises ValueError where the meta of this project's own file is not as `load_dit` describes it."""
-    match meta:
-        case {"prediction": "noise" | "velocity", "flow": "rf" | "sit", "settings": dict() | None,
-              "latent": True | False as latent, "class_names": list(names)} if (
-                (latent or channels in (1, 3))
-                and all(isinstance(name, str) and name and not re.search(CONTROL, name) for name in names)
-                and len(names) == len(set(names)) and len(names) in (0, classes)):
-            return
-    raise ValueError(f"its meta is {meta!r:.120}: need prediction noise or velocity, flow rf or sit, settings a dict "
-                     f"or None, latent True, or False for 1 or 3 channels, {classes} different class_names, or none")
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
@@ -442,13 +409,12 @@ def load_dit(path: str | Path, heads: int | None = None) -> tuple[DiT, dict]:
             case _:
                 state, config, meta = content.get("ema", content), {}, {}
         state = clean_state(state)
-        need("decoder.conv_in.weight" not in state,
-             "not a DiT checkpoint: this looks like an autoencoder (VAE): pass it as --vae")
         if {"pos_embed.proj.weight", "transformer_blocks.0.attn1.to_q.weight"} <= state.keys():
             beside = file.with_name("config.json")
             need(beside.is_file(), "the diffusers layout has no image size in it: need config.json beside the file")
-            config = parse_json(beside.read_bytes(), "config.json")
-            state = from_diffusers(state, config)
+            with naming(beside.name, Exception):
+                config = dict(json.loads(beside.read_bytes()))
+            state = from_diffusers(state, config.get("sample_size"))
         labels = "y_embedder.embedding_table.weight"
         need_names(state, {"x_embedder.proj.weight", "pos_embed", labels, "blocks.0.attn.qkv.weight",
                            "final_layer.linear.bias"}, "a DiT checkpoint")
@@ -458,10 +424,12 @@ def load_dit(path: str | Path, heads: int | None = None) -> tuple[DiT, dict]:
         rows, classes = len(state[labels]), getattr(content.get("args"), "num_classes", None)
         sizes = config_of(state, heads if said is None else said,
                           class_dropout=rows > 1 and classes != rows and config.get("class_dropout") is not False)
-        if meta:
-            check_meta(meta, sizes["in_channels"], sizes["num_classes"])
-        else:
-            meta = dict(prediction="noise", class_names=[], settings={}, latent=sizes["in_channels"] not in (1, 3))
+        meta = meta or dict(prediction="noise", class_names=[], settings={}, latent=sizes["in_channels"] not in (1, 3))
+        names = meta["class_names"]
+        need(meta.get("prediction") in ("noise", "velocity") and meta.get("flow", "rf") in ("rf", "sit")
+             and isinstance(names, list) and len(names) in (0, sizes["num_classes"])
+             and all(isinstance(name, str) for name in names), f"its meta is {meta!r:.120}: need prediction noise or "
+             f"velocity, flow rf or sit, and class_names for {sizes['num_classes']} classes, or none")
         with torch.device("meta"):                        # takes no memory: the file's weights replace all parameters
             model = DiT(**sizes)
         return load_into(model, state), meta

@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -30,7 +29,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
-from dit import DiT, LatentDecoder, fingerprint, load_decoder, load_dit, need
+from dit import DiT, LatentDecoder, fingerprint, load_decoder, load_dit, naming, need
 from emag import EMAG, Window, cfg_update, emag_update
 
 DEMO = Path(__file__).resolve().parent / "demo" / "emoji-flow.pt"
@@ -286,6 +285,8 @@ class CADS:
 SCALE, SHARE, COUNT = (-1e6, 1e6), (0.0, 1.0), (1, 10**6)                 # a setting is whole where its limits are
 LIMITS = dict(steps=(1, TRAIN_STEPS), cfg=SCALE, emag=SCALE, threshold=SCALE, beta=SHARE, strength=SHARE, eta=SHARE,
               guide_channels=COUNT, num=COUNT, batch=COUNT, seed=(0, 2**63))
+CHOICES = dict(sampler=("euler", "heun", "ddim", "ddpm"), variant=("map", "image", "query"),
+               dtype=("float32", "bfloat16", "float16"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,17 +319,20 @@ class Settings:
     vae: str | None = None                        # the fingerprint of the decoder's weights
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, (list, range)):                          # from JSON, argparse and `prepare`
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if name in ("layers", "window", "apg", "cads", "classes"):    # JSON and argparse make lists
                 object.__setattr__(self, name, tuple(value))
-        for name, (low, high) in LIMITS.items():
-            value, optional = getattr(self, name), getattr(Settings, name, "") is None
-            need(value is None and optional or isinstance(value, (int, type(low))) and low <= value <= high,
-                 f"--{name.replace('_', '-')} {value}: need a number from {low} to {high}")
-        need(self.layers and min(self.layers) >= 0, f"--layers {self.layers}: need block numbers, from 0")
+            if name in LIMITS:
+                low, high = LIMITS[name]
+                need(isinstance(value, (int, type(low))) and low <= value <= high,
+                     f"--{name.replace('_', '-')} {value}: need a number from {low} to {high}")
+            if name in CHOICES:
+                need(value in CHOICES[name], f"--{name} {value}: need one of {', '.join(CHOICES[name])}")
         need(len(self.window) == 3, f"--window {self.window}: need START, APPLY and STOP")
         Window(*self.window)                                              # a ValueError where they are out of order
-        need(self.uncond in (True, False), f"--uncond {self.uncond}: need true or false")
         a, c = self.apg or (0, 1, 0), self.cads or (0, 1, 1, 1)
         need(len(a) == 3 and 0 <= a[0] <= 1e6 and 0 < a[1] <= 1e6 and -1 < a[2] < 1,
              f"--apg {a}: need 0 ≤ ETA ≤ 1e6, 0 < NORM ≤ 1e6, −1 < MOMENTUM < 1, or no numbers")
@@ -436,28 +440,25 @@ def draw_grid(table: Sequence[Sequence[np.ndarray]], labels: Sequence[str]) -> I
 
 
 @contextmanager
-def whole_file(path: Path, keep: bool = True) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed when all is written, so that `path` is never half there. A link to a
-    file is followed, and a file keeps its mode.  keep: False only tries to write.
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to. At the end it is renamed, unless it is gone: so `path` is never half there. A
+    link to a file is followed.
 
     Raises ValueError where `path` cannot be written, or not replaced (on Windows, while another program has it open):
     then it says where the new file is."""
     try:
         target = Path(os.path.realpath(path))
-        old = target.is_file() and os.access(target, os.W_OK)
-        if os.path.lexists(path) and not old:
+        if not (target.is_file() and os.access(target, os.W_OK)) and os.path.lexists(path):
             raise OSError("is no regular file, or is read-only")
         beside = target.with_name(f".{platform.node()}-{os.getpid()}-{time.time_ns()}.tmp")
         try:
             yield beside
-            if keep and old:
-                shutil.copymode(target, beside)
             try:
-                if keep:
+                if beside.exists():
                     beside.replace(target)
             except PermissionError as error:
-                other = beside.replace(target.with_name(f"{target.stem}-{time.time_ns()}{target.suffix}"))
-                raise ValueError(f"{path}: cannot be replaced ({error.strerror}): written is {other}") from None
+                kept = beside.replace(target.with_name(f"{target.stem}-{time.time_ns()}{target.suffix}"))
+                raise ValueError(f"{path}: cannot be replaced ({error.strerror}): written is {kept}") from None
         finally:
             beside.unlink(missing_ok=True)
     except (OSError, UnicodeError) as error:
@@ -468,8 +469,9 @@ def whole_file(path: Path, keep: bool = True) -> Iterator[Path]:
 def check_file(flag: str, path: Path, suffix: str):
     """Before the sampling: ValueError where `path` has another suffix or cannot be written."""
     need(path.suffix == suffix, f"{flag} {path}: need a file name that ends in {suffix}")
-    with whole_file(path, keep=False) as probe:
+    with whole_file(path) as probe:
         probe.write_bytes(bytes(4096))                                    # a full disk takes empty files
+        probe.unlink()
 
 
 def save_png(image: Image.Image, path: Path, settings: Settings, **more):
@@ -493,21 +495,22 @@ def plain_parser(description: str) -> argparse.ArgumentParser:
 def make_parser(description: str) -> tuple[argparse.ArgumentParser, argparse._ArgumentGroup]:
     """The flags that sampler.py shares with the scripts in demo/ and bench/, and the group that takes their outputs."""
     parser, otherwise = plain_parser(description), "default: those of --like, or else what the checkpoint recommends"
+    split = lambda text: text.split(",")                                                              # noqa: E731
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", type=Path, default=DEMO, metavar="PATH", help="a file, or a diffusers folder (default: the demo's)")
     add("--vae", type=Path, metavar="PATH", help="the decoder of latents, sd-vae-ft-ema or -mse (default: none)")
     add("--device", default="auto", help="cpu, cuda, or mps, untested on a Mac (default: auto, cuda if there is one)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+    add("--dtype", default="auto", choices=("auto", *CHOICES["dtype"]),
         help="of the network (default: auto, bfloat16 on cuda, else float32)")
     add("--heads", type=int, help="of attention, where it is none of DiT-S, B, L, XL (default: the checkpoint's)")
     add("--flow", choices=FLOWS, help="a velocity as of rectified flow, SiT or REPA (default: the checkpoint's)")
     add = parser.add_argument_group("guidance", otherwise).add_argument
     add("--cfg", type=float, metavar="W", help="CFG scale: 1 is off")
     add("--emag", type=float, metavar="W_E", help="EMAG scale: 1 is off, 0 takes the negative for the prediction")
-    add("--layers", metavar="LIST", help="the candidate blocks, counted from 0, such as 4-7 or 4,6")
+    add("--layers", type=split, metavar="LIST", help="the candidate blocks, counted from 0, such as 4-7 or 4,6")
     add("--beta", type=float, metavar="B", help="EMA decay β")
     add("--strength", type=float, metavar="L", help="blend λ")
-    add("--variant", choices=["map", "image", "query"], help="EMAG, EMAG-I (in a DiT the same), or EMAG-Q")
+    add("--variant", choices=CHOICES["variant"], help="EMAG, EMAG-I (in a DiT the same), or EMAG-Q")
     add("--threshold", type=float, metavar="Z", help="select every block with z ≥ Z beside the argmax")
     add("--window", type=float, nargs=3, metavar=("START", "APPLY", "STOP"),
         help="1 ≥ START ≥ APPLY ≥ STOP ≥ 0: of the steps left")
@@ -517,16 +520,14 @@ def make_parser(description: str) -> tuple[argparse.ArgumentParser, argparse._Ar
     add("--cads", type=float, nargs="*", metavar="TAU1 TAU2 S PSI", help="CADS; no numbers: 0.6 0.9 EMBEDDING_STD/4 1")
     add = parser.add_argument_group("sampling", otherwise).add_argument
     add("--like", type=Path, metavar="FILE.png", help="the settings of a picture that these scripts drew; flags win")
-    add("--sampler", choices=["euler", "heun", "ddim", "ddpm"], help="two of velocity, two of noise")
+    add("--sampler", choices=CHOICES["sampler"], help="two of velocity, two of noise")
     add("--steps", type=int, metavar="N", help="of the sampler")
     add("--eta", type=float, metavar="E", help="ddim's noise: 0 none, 1 as ddpm")
-    add("--classes", metavar="all|LIST", help="by number, or by name where there are names")
+    add("--classes", type=split, metavar="all|LIST", help="by number, or by name where there are names")
     add("--num", type=int, metavar="N", help="images in all, dealt to the classes in turn; else some of each")
     add("--batch", type=int, metavar="N", help="images drawn together")
     add("--seed", type=int, metavar="N", help="of the noise")
-    output = parser.add_argument_group("output")
-    output.add_argument("--verbose", action="store_true", help="print all settings as JSON (default: a line)")
-    return parser, output
+    return parser, parser.add_argument_group("output")
 
 
 def parse_numbers(flag: str, parts: Sequence[int | str], count: int, names: Sequence[str] = ()) -> list[int]:
@@ -545,32 +546,21 @@ def parse_numbers(flag: str, parts: Sequence[int | str], count: int, names: Sequ
 
 def read_settings(path: Path) -> Settings:
     """Those in a picture's text chunk. Raises ValueError where there are none, or they cannot be used."""
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            found = json.loads(image.text["settings"])
+    with naming(f"--like {path}", Exception), Image.open(path, formats=["PNG"]) as image:
+        need("settings" in image.text, "holds no settings: need a PNG that one of these scripts drew")
+        found = json.loads(image.text["settings"])
         return Settings(**{field.name: found[field.name] for field in dataclasses.fields(Settings)})
-    except Exception as error:                                            # of a file that may hold anything
-        raise ValueError(f"--like {path}: holds no settings that can be used ({error!s:.200}): need a PNG that one of "
-                         "these scripts drew") from None
 
 
-def load(args: argparse.Namespace, like: Settings | None) -> tuple[DiT, dict, LatentDecoder | None, dict]:
-    """(model, meta, decoder or None, what Settings says of these files), all on the CPU in float32."""
-    (model, meta), name, latents = load_dit(args.ckpt, args.heads), args.ckpt.name, getattr(args, "latents", None)
-    ours, weights, channels = "flow" in meta, fingerprint(model), model.config["in_channels"]
-    need(not like or like.weights == weights,
-         f"--like {args.like}: was drawn with other weights than {name} has: need --ckpt {like and like.checkpoint}")
-    need(not (args.flow and ours), f"--flow {args.flow}: {name} says what it predicts: leave the flag out")
+def load(args: argparse.Namespace) -> tuple[DiT, dict, LatentDecoder | None]:
+    """(model, meta, decoder or None), on the CPU in float32."""
+    (model, meta), name = load_dit(args.ckpt, args.heads), args.ckpt.name
+    need(not (args.flow and "flow" in meta), f"--flow {args.flow}: {name} says what it predicts: leave the flag out")
     if args.flow:
         meta = meta | dict(prediction="velocity", flow=args.flow)
-    need(args.vae or latents or not meta["latent"],
+    need(args.vae or getattr(args, "latents", None) or not meta["latent"],
          f"{name} samples latents: need --vae sd-vae-ft-ema, or sampler.py --latents FILE.npy")
-    decoder = load_decoder(args.vae, channels) if args.vae else None
-    if not (ours or decoder or latents):
-        print(f"{name}: taken for pixels in [-1, 1], {'grey' if channels == 1 else 'RGB'}")
-    return model, meta, decoder, dict(
-        heads=model.config["num_heads"], flow=meta.get("flow", "rf") if meta["prediction"] == "velocity" else None,
-        checkpoint=name, weights=weights, vae=decoder and fingerprint(decoder))
+    return model, meta, load_decoder(args.vae, model.config["in_channels"]) if args.vae else None
 
 
 def prepare(args: argparse.Namespace, per_class: int = 8) -> tuple:
@@ -584,28 +574,31 @@ def prepare(args: argparse.Namespace, per_class: int = 8) -> tuple:
     except Exception:                                                     # each kind of device has errors of its own
         raise ValueError(f"--device {device}: not usable here: need auto, cpu, cuda or mps") from None
     like = args.like and read_settings(args.like)
-    model, meta, decoder, facts = load(args, like)
-    name, names, depth, config = args.ckpt.name, meta["class_names"], len(model.blocks), model.config
-    try:
-        layers = range(depth * 12 // 28, max(depth * 16 // 28, depth * 12 // 28 + 1))
-        settings = like or Settings(**PUBLISHED[meta["prediction"]] | dict(layers=layers) | (meta["settings"] or {}))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{args.ckpt}: recommends settings that cannot be used: {error}") from None
+    model, meta, decoder = load(args)
+    name, names, config, weights = args.ckpt.name, meta["class_names"], model.config, fingerprint(model)
+    need(not like or like.weights == weights,
+         f"--like {args.like}: was drawn with other weights than {name} has: need --ckpt {like and like.checkpoint}")
+    depth, first, end = config["depth"], config["depth"] * 12 // 28, config["depth"] * 16 // 28
+    with naming(f"{args.ckpt}, its settings", (TypeError, ValueError)):
+        published = PUBLISHED[meta["prediction"]] | dict(layers=range(first, max(end, first + 1)))
+        base = like or Settings(**published | (meta["settings"] or {}))
 
-    given = {flag: value for flag, value in vars(args).items() if value is not None and flag in vars(settings)}
-    for flag, count, known in (("layers", depth, ()), ("classes", config["num_classes"], names)):
-        parts = given[flag].split(",") if flag in given else getattr(settings, flag)
-        given[flag] = parse_numbers(f"--{flag}", parts, count, known)
+    layers = parse_numbers("--layers", args.layers or base.layers, depth)
+    classes = parse_numbers("--classes", args.classes or base.classes, config["num_classes"], names)
+    auto = like.dtype if like else "bfloat16" if "cuda" in device else "float32"
+    chosen = {flag: value for flag, value in vars(args).items() if value is not None and flag in vars(base)} | dict(
+        layers=layers, classes=[names[c] if names else c for c in classes],
+        heads=config["num_heads"], flow=meta["flow"] if meta["prediction"] == "velocity" else None,
+        dtype=auto if args.dtype == "auto" else args.dtype,
+        checkpoint=name, weights=weights, vae=decoder and fingerprint(decoder))
     if args.uncond and args.cfg is None:
-        given["cfg"] = 1.0
+        chosen["cfg"] = 1.0
     if args.apg == []:
-        given["apg"] = settings.apg or [0.0, 5.0, -0.5]                   # the APG paper's for DiT-XL/2
+        chosen["apg"] = base.apg or [0.0, 5.0, -0.5]                      # the APG paper's for DiT-XL/2
     if args.cads == []:
         std = model.y_embedder.embedding_table.weight.std().item()
-        given["cads"] = settings.cads or [0.6, 0.9, round(std / 4, 4), 1.0]
-    auto = like.dtype if like else "bfloat16" if "cuda" in device else "float32"
-    dtype = auto if args.dtype == "auto" else args.dtype
-    settings, classes = dataclasses.replace(settings, **given | facts | dict(dtype=dtype)), given["classes"]
+        chosen["cads"] = base.cads or [0.6, 0.9, round(std / 4, 4), 1.0]
+    settings = dataclasses.replace(base, **chosen)
 
     samplers, channels = SAMPLERS[meta["prediction"]], config["in_channels"]
     need(settings.sampler in samplers, f"--sampler {settings.sampler}: {name} needs {' or '.join(samplers)}")
@@ -613,9 +606,9 @@ def prepare(args: argparse.Namespace, per_class: int = 8) -> tuple:
     need(model.null_class is not None or settings.cfg == 1 and not settings.uncond,
          f"--cfg {settings.cfg:g}: {name} has no null class, which CFG and --uncond need: need --cfg 1")
     need(settings.num or len(classes) <= 32, f"--classes: {len(classes)} are too many for a grid: need fewer, or --num")
-    labels = [classes[i % len(classes)] for i in range(settings.num or len(classes) * per_class)]
-    settings = dataclasses.replace(settings, num=len(labels), classes=[names[c] if names else c for c in classes])
-    return model.to(device, getattr(torch, dtype)), meta, decoder and decoder.to(device), settings, labels
+    num = settings.num or len(classes) * per_class
+    labels, settings = [classes[i % len(classes)] for i in range(num)], dataclasses.replace(settings, num=num)
+    return model.to(device, getattr(torch, settings.dtype)), meta, decoder and decoder.to(device), settings, labels
 
 
 def tell(text: str):
@@ -641,12 +634,11 @@ class Progress:
 
 def one_line_errors(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     """run(argv) as a command, which returns its exit code: 0; 2 with one line on stderr where flags, files or numbers
-    are wrong or memory is out; 130 with one line after Ctrl-C or SIGTERM. Characters that stdout lacks are escaped."""
+    are wrong or memory is out; 130 with one line after Ctrl-C. Characters that stdout lacks are escaped."""
     def main(argv: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):                            # a notebook's has none, pythonw's is None
                 stream.reconfigure(errors="backslashreplace")
-        at_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -656,9 +648,9 @@ def one_line_errors(run: Callable[[Sequence[str] | None], None]) -> Callable[...
         except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
             code, text = 2, str(error) or type(error).__name__
         finally:
-            signal.signal(signal.SIGTERM, at_sigterm or signal.SIG_DFL)
             tell("")
-        print(f"{Path(run.__code__.co_filename).name}: {' '.join(text.split())}", file=sys.stderr)
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+        print(f"{Path(run.__code__.co_filename).name}: {text}", file=sys.stderr)
         return code
 
     return main
@@ -674,18 +666,17 @@ def main(argv: Sequence[str] | None):
     out, flag, suffix = (args.latents, "--latents", ".npy") if args.latents else (args.out, "--out", ".png")
     check_file(flag, out, suffix)
     model, meta, decoder, settings, labels = prepare(args)
-    num, columns, started, parts = settings.num, len(settings.classes), time.monotonic(), []
+    num, batch, columns, started = settings.num, settings.batch, len(settings.classes), time.monotonic()
     need(args.latents or num <= 10**4, f"--num {num}: a grid has room for 10000: need bench/many.py")
-    print(json.dumps(dataclasses.asdict(settings)) if args.verbose else settings, flush=True)
+    print(settings, flush=True)
     progress = Progress(num, settings.steps)
-    for start in range(0, num, settings.batch):
-        part = slice(start, start + settings.batch)
-        parts.append(sample(model, meta, labels[part], range(num)[part], settings, progress))
+    x = torch.cat([sample(model, meta, labels[start:start + batch], range(num)[start:start + batch], settings, progress)
+                   for start in range(0, num, batch)])
     if args.latents:
         with whole_file(out) as beside, beside.open("wb") as file:
-            np.save(file, torch.cat(parts).float().cpu().numpy())
+            np.save(file, x.float().numpy())
     else:
-        images = to_images(torch.cat(parts), decoder)
+        images = to_images(x, decoder)
         table = [images[c::columns] for c in range(min(columns, num))]
         save_png(draw_grid(table, [str(name) for name in settings.classes]), out, settings)
     print(f"{out}: {num} images, {settings.sampler} {settings.steps} steps, {time.monotonic() - started:.1f} s")

@@ -54,7 +54,7 @@ def remove_leftovers(folder: Path):
     for file in folder.glob(".*-*-*.tmp"):
         *node, pid, _ = file.name[1:].split("-")
         try:
-            if "-".join(node) == platform.node() and int(pid) != os.getpid():
+            if "-".join(node) == platform.node():
                 os.kill(int(pid), 0)                                      # asks whether it runs
             ended = time.time() - file.stat().st_mtime > 3600
         except ProcessLookupError:
@@ -79,14 +79,15 @@ def claim_folder(folder: Path, settings: dict, make: bool = True):
         if not make:
             return
         folder.mkdir(exist_ok=True)
-        with whole_file(file, keep=False) as beside:
+        with whole_file(file) as beside:
             beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
             try:
                 os.link(beside, file)                                     # unlike a renaming, never over another's file
+                beside.unlink()
             except FileExistsError:
+                beside.unlink()
+            except OSError:                                               # no hard links here: it is renamed
                 pass
-            except OSError:                                               # a file system without hard links
-                beside.replace(file)
     try:
         found = json.loads(file.read_bytes()) if file.is_file() else None
     except (ValueError, RecursionError):
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None):
     num, told = settings.num, json.loads(json.dumps(dataclasses.asdict(settings)))
     claim_folder(args.out, told, make=False)
     if rank == 0:
-        print(json.dumps(told) if args.verbose else settings, flush=True)
+        print(settings, flush=True)
 
     side = model.config["input_size"] * (2 ** (len(decoder.decoder.up_blocks) - 1) if decoder else 1)
     file_of = lambda index: args.out / f"{index:06d}.png"                                             # noqa: E731

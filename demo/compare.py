@@ -7,7 +7,6 @@ The flags are those of sampler.py; --apg and --cads give their numbers. A negati
 though it starts at the block that was selected.
 """
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None):
     need(settings.emag != 1, "--emag: the settings say 1, which is off: need another")
     count, num = len(args.methods), settings.num
     need(count * num <= 10**4, f"--num {num}: {count} lines of a grid have room for {10**4 // count} each")
-    print(json.dumps(dataclasses.asdict(settings)) if args.verbose else settings, flush=True)
+    print(settings, flush=True)
 
     lines, table, titles, rows = lines_of(settings, args.methods), [], [], []
     model.register_forward_pre_hook(lambda model, inputs: rows.append(len(inputs[0])))

@@ -3,7 +3,6 @@
     python demo/trace.py --classes face-smiling,country-flag                                  # the flags of sampler.py
 """
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,7 +159,7 @@ def main(argv: Sequence[str] | None):
         settings = dataclasses.replace(settings, num=min(settings.num, settings.batch))
     need(settings.num <= settings.batch,
          f"--num {settings.num}: the trace is of one batch: need at most {settings.batch}, or a larger --batch")
-    print(json.dumps(dataclasses.asdict(settings)) if args.verbose else settings, flush=True)
+    print(settings, flush=True)
     trace = Trace(settings, model.config["input_size"] // model.config["patch_size"])
     progress, num = Progress(settings.num, settings.steps), settings.num
     sample(model, meta, labels[:num], range(num), settings, lambda step: (trace(step), progress(step)))
