@@ -652,8 +652,9 @@ def test_figures_of_what_the_scripts_left(folder, capsys, monkeypatch):
     quality.main(flags(folder, *few, "--only", "EMAG 2, CFG 2.5", "EMAG-Q", "CFG 2.5", "CFG ?", "CFG * in the window*"))
     negatives.main(flags(folder, *few, "--only", "EMAG", "PAG", "S²"))
     drawn, out = [], ["--out", str(folder)]
-    save, name = figures.pyplot.Figure.savefig, lambda figure: drawn.append(figure)
-    monkeypatch.setattr(figures.pyplot.Figure, "savefig", lambda figure, *a, **b: (name(figure), save(figure, *a, **b)))
+    save = figures.pyplot.Figure.savefig
+    monkeypatch.setattr(figures.pyplot.Figure, "savefig",
+                        lambda figure, file, dpi: (drawn.append(figure), save(figure, file, dpi=20)))
     assert figures.main(["--cache", f"{folder}/cache", *out]) == 0
     for file in ("frontier", "negatives"):
         assert (folder / f"{file}.png").read_bytes()[:4] == b"\x89PNG"
@@ -662,6 +663,7 @@ def test_figures_of_what_the_scripts_left(folder, capsys, monkeypatch):
             json.loads((folder / "cache" / "negatives.json").read_text())["runs"][1:]]
     assert texts == {"1", "5", "7", "2.5 / 2", "3", "4", "", *emag, "2.5"} and len(emag) == 2
     negatives.main(flags(folder, "--seeds", "0", "--num", "14", "--only", "EMAG", "PAG"))     # other samples, no points
+    monkeypatch.setattr(figures.pyplot.Figure, "savefig", lambda figure, file, dpi: drawn.append(figure))
     assert figures.main(["--cache", f"{folder}/cache", *out]) == 0
     assert not any("PAG" in text.get_text() for axis in drawn[2].axes for text in axis.texts)
     capsys.readouterr()
