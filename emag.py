@@ -211,7 +211,7 @@ class EMAG:
             nonlocal entered
             x = first_input(args, kwargs)
             if n == 0 and isinstance(x, Tensor):
-                entered = x[rows].clone()                      # copies, here and below: a model may write to its tensors
+                entered = x[rows].clone()                      # copies, here and below: a model may write to tensors
             output = _with_attention(keep, self, n, forward, args, kwargs) if n in self.layers else \
                 forward(*args, **kwargs)
             if self.reuse and n < self.layers[-1]:
