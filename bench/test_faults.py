@@ -379,18 +379,6 @@ def test_wrong_input_is_one_line_and_changes_nothing(command, message, folder, m
     assert out == "" or "gives NaN" in err or "observed attention" in err              # else before the sampling begins
 
 
-# What no flag can say, and a checkpoint or a picture can.
-BAD = {"steps": [1001, 2.5, "5", math.nan], "cfg": ["2", None], "emag": [-math.inf], "layers": [[], [-1]],
-       "window": [[1.0, 0.8]], "threshold": ["1"], "guide_channels": [1.5], "seed": [0.5], "apg": [[0, 5]],
-       "cads": [[0.6, 0.9, 0.1, 1.5]], "uncond": ["yes", None]}
-
-
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values], ids=str)
-def test_settings_that_cannot_be_name_their_flag(name, value):
-    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')}"):
-        sampler.Settings(**RUN | {name: value})
-
-
 @functools.cache
 def loaded(path: Path, heads: int | None):
     return load_dit(path, heads)
@@ -412,6 +400,18 @@ def full_disk():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+# What no flag can say, and a checkpoint or a picture can.
+BAD = {"steps": [1001, 2.5, "5", math.nan], "cfg": ["2", None], "emag": [-math.inf], "layers": [[], [-1]],
+       "window": [[1.0, 0.8]], "threshold": ["1"], "guide_channels": [1.5], "seed": [0.5], "apg": [[0, 5]],
+       "cads": [[0.6, 0.9, 0.1, 1.5]], "uncond": ["yes", None]}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values], ids=str)
+def test_settings_that_cannot_be_name_their_flag(name, value):
+    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')}"):
+        sampler.Settings(**RUN | {name: value})
 
 
 # ---------------------------------------------------------------------------------------------- errors and whole files
