@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import stat
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,7 +24,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 resource = pytest.importorskip("resource", reason="limits, FIFOs and forks: Windows has none")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
 import sampler  # noqa: E402
 from dit import DiT, LatentDecoder, load_dit  # noqa: E402
 from test_emag import RUN, script  # noqa: E402
@@ -379,19 +381,6 @@ def test_wrong_input_is_one_line_and_changes_nothing(command, message, folder, m
     assert out == "" or "gives NaN" in err or "observed attention" in err              # else before the sampling begins
 
 
-# What no flag can say, and a checkpoint or a picture can.
-# What no flag can say and a checkpoint can.
-BAD = {"steps": [1001, 2.5, "5", math.nan], "cfg": ["2", None], "emag": [-math.inf], "window": [[1.0, 0.8]],
-       "threshold": ["1"], "guide_channels": [1.5], "seed": [0.5], "apg": [[0, 5]], "cads": [[0.6, 0.9, 0.1, 1.5]],
-       "sampler": ["rk4", ["ddim"]], "variant": [None], "dtype": ["float64", {}]}
-
-
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values], ids=str)
-def test_settings_that_cannot_be_name_their_flag(name, value):
-    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')}"):
-        sampler.Settings(**RUN | {name: value})
-
-
 @functools.cache
 def loaded(path: Path, heads: int | None):
     return load_dit(path, heads)
@@ -413,6 +402,18 @@ def full_disk():
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+# What no flag can say and a checkpoint can.
+BAD = {"steps": [1001, 2.5, "5", math.nan], "cfg": ["2", None], "emag": [-math.inf], "window": [[1.0, 0.8]],
+       "threshold": ["1"], "guide_channels": [1.5], "seed": [0.5], "apg": [[0, 5]], "cads": [[0.6, 0.9, 0.1, 1.5]],
+       "sampler": ["rk4", ["ddim"]], "variant": [None], "dtype": ["float64", {}]}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values], ids=str)
+def test_settings_that_cannot_be_name_their_flag(name, value):
+    with pytest.raises(ValueError, match=f"^--{name.replace('_', '-')}"):
+        sampler.Settings(**RUN | {name: value})
 
 
 # ---------------------------------------------------------------------------------------------- errors and whole files
@@ -594,22 +595,12 @@ def test_under_torchrun(folder, tmp_path):
     tokens, the number of threads changes the rounding."""
     sizes = dict(input_size=32, patch_size=1, hidden_size=64, in_channels=3, learn_sigma=False)
     torch.save(dict(model=weights(**sizes), config=SIZES | sizes, meta=META), tmp_path / "wide.pt")
-    argv = f"--ckpt {tmp_path}/wide.pt --num 4 --batch 2 --emag 1 --out {tmp_path}/{{0}} --npz {tmp_path}/{{0}}.npz"
-
-    def one() -> int:
-        torch.set_num_threads(3)
-        return many.main(argv.format("one").split())
-
-    def two() -> int:                                # torchrun's own machinery, which forks a process that has torch
-        from torch.distributed import launcher, run
-        command = ["bench/many.py", *argv.format("two").split()]
-        config, _, left = run.config_from_args(run.parse_args([
-            "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--nproc-per-node=2", "--", *command]))
-        assert left[-len(command):] == command
-        config.start_method = "fork"
-        codes = launcher.elastic_launch(config, many.main)(command[1:])
-        return codes != {0: 0, 1: 0}
-
-    assert wait([fork(one), fork(two)]) == [0, 0]
+    argv = ["bench/many.py", "--ckpt", tmp_path / "wide.pt", "--num", 4, "--batch", 2, "--emag", 1, "--out"]
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2 --"
+    for name, launch, threads in (("two", torchrun, 1), ("one", "", 3)):
+        command = [*launch.split(), *argv, tmp_path / name, "--npz", tmp_path / f"{name}.npz"]
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+        assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "one") == contents(tmp_path / "two") and len(contents(tmp_path / "one")) == 5
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()

@@ -1,5 +1,5 @@
-"""The command line: every flag acts, and the pictures of sampler.py, compare.py and trace.py show what the runs gave.
-What wrong input does is in bench/test_faults.py."""
+"""The command line: every flag acts, the pictures of sampler.py, compare.py and trace.py show what the runs gave, and
+the README's commands work. What wrong input does is in bench/test_faults.py."""
 import json
 import re
 import runpy
