@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 if importlib.util.find_spec("emag") is None:             # a copy has it beside this file, this project one folder up
     sys.path.append(str(Path(__file__).resolve().parent.parent))
-from emag import EMAG, Window, emag_update, first_input, is_batched, is_close, is_list, need
+from emag import EMAG, Window, emag_update, is_batched, is_close, is_list, need
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
 
     def forward(original: Callable, args: tuple, kwargs: dict):
         nonlocal at
-        latents, doubled = _halves(first_input(args, kwargs), cond, calls)
+        latents, doubled = _halves(_x_t(args, kwargs), cond, calls)
         anew = at is None or at.trace is not emag.trace
         need(anew or at.thread == threading.get_ident() or at.is_through() and not at.busy,
              "another thread draws inside this guide(): one after the other, or a model and a guide() for each")
@@ -169,8 +169,16 @@ def _same(a: tuple, b: tuple) -> bool:
                                 x is y or isinstance(x, (int, float, str)) and x == y for x, y in zip(a, b))
 
 
+def _x_t(args: tuple, kwargs: dict) -> Tensor | list:
+    """The first tensor, list of tensors, or list of lists of tensors (images with references) in the model's inputs."""
+    batch = lambda x: is_list(x) or isinstance(x, list) and any(map(is_list, x))                           # noqa: E731
+    leaves = tree_leaves((args, kwargs), is_leaf=batch)
+    return next(x for x in leaves if isinstance(x, Tensor) or batch(x))
+
+
 def _halves(x: Tensor | list[Tensor], cond: str, calls: int) -> tuple[Tensor | list[Tensor], bool]:
     """A batch without CFG's doubling, and whether it was doubled: two equal halves, else all samples are different."""
+    x = [sample[-1] for sample in x] if is_list(x[0]) else x              # references are before the image
     half = len(x) // 2
     doubled = len(x) == 2 * half > 0 and _equal(x[:half], x[half:])
     single = x[:half] if doubled else x
@@ -190,7 +198,7 @@ def _halves(x: Tensor | list[Tensor], cond: str, calls: int) -> tuple[Tensor | l
 
 def _take(args: tuple, kwargs: dict, rows: slice) -> tuple[tuple, dict]:
     """The inputs with every tensor as long as the batch cut to `rows`; and every such list, if x_t is one."""
-    x = first_input(args, kwargs)
+    x = _x_t(args, kwargs)
     cut = lambda leaf: is_batched(leaf, len(x)) and isinstance(leaf, (Tensor, type(x)))                     # noqa: E731
     return tree_map(lambda leaf: leaf[rows] if cut(leaf) else leaf, (args, kwargs), is_leaf=cut)
 

@@ -14,8 +14,9 @@ from guide import guide
 
 def image_tokens(args, kwargs):
     text, shapes = kwargs["encoder_hidden_states"].shape[1], kwargs["img_shapes"][0]
-    frames, height, width = shapes[0] if isinstance(shapes, list) else shapes        # after it: reference images
-    return slice(text, text + math.prod((frames, height, width)))
+    shapes = shapes if isinstance(shapes, list) else [shapes]
+    images = shapes[:-1] if kwargs.get("additional_t_cond") is not None else shapes[:1]      # after them: references
+    return slice(text, text + sum(map(math.prod, images)))
 
 
 def draw(pipe, scale=1.5, variant="query", **inputs):

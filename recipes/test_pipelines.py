@@ -150,7 +150,45 @@ def test_reference_images_of_qwen_image(references, monkeypatch):
           rows=with_prompt(inputs["prompt_embeds"]))
 
 
-@pytest.mark.parametrize("family", ["SD3", "Flux", "SDXL", "Z-Image"])
+def test_layers_of_qwen_image(monkeypatch):
+    """Three images follow each other; behind them is the reference."""
+    diffusers = import_diffusers()
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
+    from recipes import qwen_image
+    monkeypatch.setattr(pipeline_qwenimage_layered, "calculate_dimensions", lambda area, ratio: (32, 64))
+    base = tiny_qwen(use_layer3d_rope=True, use_additional_t_cond=True)
+    pipe = encoded(diffusers.QwenImageLayeredPipeline(base.scheduler, *[None] * 4, base.transformer))
+    pipe.vae = SimpleNamespace(dtype=F64, config=SimpleNamespace(z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4),
+                               decode=lambda latents, return_dict: (latents[:, :, 0, None],))
+    pipe.text_encoder, pipe.image_processor.resize = SimpleNamespace(dtype=F64), lambda image, *size: image
+    pipe.image_processor.preprocess = lambda image, *size: seeded(1, 4, 8, 4, seed=9)
+    pipe.image_processor.postprocess = lambda image, output_type: image
+    inputs = dict(prompt="a", prompt_embeds=tokens(7, 12, 1, 1), negative_prompt_embeds=tokens(4, 12, 2, 1), layers=2,
+                  true_cfg_scale=3.0, num_inference_steps=STEPS, image=[Image.new("RGB", (32, 64))])
+    draw = images_of(pipe, **inputs)
+    check(partial(draw, partial(qwen_image.draw, pipe)), draw, pipe.transformer,
+          SlowAttention(pipe.transformer.transformer_blocks, range(2, 3), tokens=slice(7, 7 + 3 * 8), variant="query"),
+          rows=with_prompt(inputs["prompt_embeds"]))
+
+
+@pytest.mark.parametrize("doubled", [True, False])
+def test_references_of_z_image_are_in_lists_of_lists(doubled):
+    """Two samples, which share a reference: text, reference, image, and what SigLIP makes of the reference."""
+    diffusers = import_diffusers()
+    from recipes import z_image
+    pipe = quiet(diffusers.ZImageOmniPipeline(*[None] * 7))
+    base, lengths = tiny_z_image(siglip_feat_dim=6), [9, 40, 5]  # 32 + 64 + 32 with padding, as the reference's 8
+    pipe.register_modules(scheduler=base.scheduler, transformer=base.transformer)
+    pipe.prepare_image_latents = lambda *, batch_size, **more: [[seeded(4, 1, 4, 8, seed=20)]] * batch_size
+    pipe.prepare_siglip_embeds = lambda *, batch_size, **more: [[seeded(2, 3, 6, seed=30)]] * batch_size
+    embeds = [[[seeded(length, 12, seed=seed + sample) for length in lengths] for sample in (0, 1)] for seed in (1, 3)]
+    run = images_of(pipe, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], **LATENT,
+                    guidance_scale=4.0 if doubled else 0.0)
+    check(partial(run, partial(z_image.draw, pipe)), run, pipe.transformer,
+          SlowAttention(pipe.transformer.layers, range(2, 3), range(2), slice(160, 176)))
+
+
+@pytest.mark.parametrize("family", ["SD3", "Flux", "SDXL", "Z-Image", "SD3 inpainting"])
 def test_image_to_image_makes_fewer_steps(family, strength=0.5, steps=4):
     diffusers = import_diffusers()
     from recipes import flux, sd3, z_image
@@ -160,8 +198,13 @@ def test_image_to_image_makes_fewer_steps(family, strength=0.5, steps=4):
         pipe = encoded(tiny_sdxl("StableDiffusionXLImg2ImgPipeline"))
         pipe.vae = vae
         return sdxl_check(pipe, 2, steps=steps, without=["height", "width"], **more)
-    if family == "SD3":
+    if family.startswith("SD3"):
         pipe, inputs = encoded(tiny_sd3("StableDiffusion3Img2ImgPipeline")), sd3_inputs(2)
+        if family == "SD3 inpainting":                           # mask and masked image beside each half of the latents
+            pipe = tiny_sd3("StableDiffusion3InpaintPipeline", in_channels=33, out_channels=16)
+            more |= dict(image=seeded(1, 3, 64, 64, seed=9).sigmoid(), mask_image=torch.ones(1, 1, 64, 64).tril())
+            vae.config.latent_channels, vae.dtype = 16, F64
+            vae.encode = lambda x: SimpleNamespace(latents=x.mean(1, keepdim=True)[..., ::8, ::8].repeat(1, 16, 1, 1))
         draw, blocks, image, rows = sd3.draw, pipe.transformer.transformer_blocks, slice(0, 16), range(2, 4)
     elif family == "Flux":
         base = tiny_flux(guidance=True)

@@ -256,8 +256,11 @@ def test_recipe_official_sit():
 
 def images_of(pipe, **inputs):
     """pipe(…) with the same noise at each call."""
-    return lambda call=pipe, **options: torch.as_tensor(getattr(out := call(
-        **inputs, **options, generator=torch.Generator().manual_seed(0)), "images", out))
+    def run(call=pipe, **options) -> Tensor:
+        out = call(**inputs, **options, generator=torch.Generator().manual_seed(0))
+        out = getattr(out, "images", out)
+        return torch.stack(out) if isinstance(out, list) else torch.as_tensor(out)
+    return run
 
 
 def test_recipe_dit_pipeline():
@@ -344,11 +347,11 @@ def test_recipe_sdxl():
     sdxl_check(tiny_sdxl(), 2)
 
 
-def tiny_z_image():
+def tiny_z_image(**changes):
     diffusers = import_diffusers()
     transformer = randomised(diffusers.ZImageTransformer2DModel(
         in_channels=4, dim=16, n_layers=8, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=12,
-        axes_dims=[2, 2, 4], axes_lens=[80, 16, 16]), std=0.3)
+        axes_dims=[2, 2, 4], axes_lens=[160, 16, 16], **changes), std=0.3)
     return quiet(diffusers.ZImagePipeline(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), None, None, None,
                                           transformer))
 
@@ -368,29 +371,30 @@ def test_recipe_z_image(doubled):
 # -------------------------------------------------------------------------------------------- two calls per step
 
 
-def tiny_flux(guidance: bool = False, blocks=(3, 5)):
+def tiny_flux(guidance: bool = False, blocks=(3, 5), **changes):
     diffusers = import_diffusers()
-    transformer = randomised(diffusers.FluxTransformer2DModel(
+    transformer = randomised(diffusers.FluxTransformer2DModel(**dict(
         in_channels=16, num_layers=blocks[0], num_single_layers=blocks[1], attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4), guidance_embeds=guidance), std=0.3)
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4), guidance_embeds=guidance)
+        | changes), std=0.3)
     return quiet(diffusers.FluxPipeline(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
                                         *[None] * 5, transformer))
 
 
-def tiny_qwen():
+def tiny_qwen(**changes):
     diffusers = import_diffusers()
     transformer = randomised(diffusers.QwenImageTransformer2DModel(
         in_channels=16, out_channels=4, num_layers=8, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=12, axes_dims_rope=(2, 2, 4)), std=0.3)
+        joint_attention_dim=12, axes_dims_rope=(2, 2, 4), **changes), std=0.3)
     return quiet(diffusers.QwenImagePipeline(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
                                              None, None, None, transformer))
 
 
-def tiny_wan(experts: int = 1):
+def tiny_wan(experts: int = 1, **changes):
     diffusers = import_diffusers()
-    transformers = [randomised(diffusers.WanTransformer3DModel(
+    transformers = [randomised(diffusers.WanTransformer3DModel(**dict(
         num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=12, freq_dim=16,
-        ffn_dim=24, num_layers=11, rope_max_seq_len=16), seed=seed, std=0.3) for seed in range(experts)]
+        ffn_dim=24, num_layers=11, rope_max_seq_len=16) | changes), seed=seed, std=0.3) for seed in range(experts)]
     for module in itertools.chain(*(transformer.modules() for transformer in transformers)):
         if isinstance(module, torch.nn.RMSNorm):
             module.weight.data.mul_(8)                           # else every map is nearly uniform

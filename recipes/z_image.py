@@ -10,12 +10,18 @@ alone, so its longest text must be as long as the batch's: no negative prompt lo
 Settings: none published for Z-Image; SD3's w_e, window and relative depth, blocks 7–10 of 30.
 Memory: E is 1.9 GiB or more per candidate and image at 1024²; variant="query" makes it 60 MiB.
 """
+import math
+
 from guide import guide
 
 
 def image_tokens(args, kwargs):
-    frames, height, width = args[0][0].shape[1:]                       # patches of 2×2
-    return slice(0, frames * height * width // 4)
+    x = (args[0] if args else kwargs["x"])[0]                          # of the first sample
+    images = x if isinstance(x, list) else [x]
+    *references, image = [math.prod(image.shape[1:]) // 4 for image in images]                     # patches of 2×2
+    before = [*references, *map(len, kwargs["cap_feats"][0])] if x is images else []
+    start = sum(math.ceil(count / 32) * 32 for count in before)
+    return slice(start, start + image)
 
 
 def draw(pipe, scale=1.5, variant="map", **inputs):
