@@ -199,12 +199,11 @@ def _take(args: tuple, kwargs: dict, rows: slice) -> tuple[tuple, dict]:
 
 def _hides_image(emag: EMAG) -> bool:
     """Whether the mask of the attention hides one of the image tokens from every query of a sample."""
-    call = emag._calls[emag.layers[0]]
-    if call.attn_mask is None:
+    mask = emag._calls[emag.layers[0]].attn_mask                                                   # (B, heads, N, N)
+    if mask is None:
         return False
-    mask = call.attn_mask.expand(-1, -1, -1, call.key.shape[-2])[..., emag.image_tokens]           # (B, heads, N, N)
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return not seen.flatten(1, 2).any(dim=1).all()
+    return not seen[..., emag.image_tokens].flatten(1, 2).any(dim=1).all()
 
 
 def _loads_in_groups(block: nn.Module) -> bool:
@@ -273,7 +272,7 @@ def replaced_forward(model: nn.Module, run: Callable) -> Iterator[None]:
     need(not hasattr(original, "is_guided"), "the model is inside another guide() already: leave that one first")
     compiled = vars(model).get("_compiled_call_impl")                 # module.compile() lets it run instead of forward
 
-    @wraps(original, updated=())                            # pipelines read its signature
+    @wraps(original)                                                  # pipelines read its signature
     @torch.compiler.disable
     def replacement(*args, **kwargs):
         return run(original, args, kwargs)
