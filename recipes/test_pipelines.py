@@ -72,7 +72,7 @@ def test_cfg_in_a_part_of_the_steps(family, images):
         rows = lambda args, kwargs: half_or_all(len(kwargs["hidden_states"]), range(images, 2 * images))    # noqa: E731
     elif family == "Z-Image":
         pipe = tiny_z_image()
-        run = images_of(pipe, prompt_embeds=list(tokens(9, 12, 1, images)), guidance_scale=3.0, cfg_truncation=0.5,
+        run = images_of(pipe, prompt_embeds=list(tokens(9, 12, 1, images)), guidance_scale=3.0, cfg_truncation=0.25,
                         negative_prompt_embeds=list(tokens(7, 12, 2, images)), **LATENT)
         draw, blocks, image = partial(z_image.draw, pipe), pipe.transformer.layers, slice(0, 16)
         rows = lambda args, kwargs: half_or_all(len(args[0]), range(images))                                # noqa: E731
