@@ -1,6 +1,6 @@
-"""EMAG in diffusers' QwenImagePipeline. Also Qwen-Image-Edit and its Plus version.
+"""EMAG in diffusers' QwenImagePipeline. Also Qwen-Image-Edit, its Plus version, and Qwen-Image-Layered.
 
-Blocks: `transformer_blocks`; the tokens are text, then the image, then the reference images of an edit.
+Blocks: `transformer_blocks`; the tokens are text, then the image or its layers, then the reference images of an edit.
 CFG: two calls per step, the conditional one first. After CFG the pipeline scales its result to the norm of the
 conditional prediction, which with EMAG is that of ε̃'.
 Settings: none published for Qwen-Image; SD3's w_e, window and relative depth, blocks 15–21 of 60.

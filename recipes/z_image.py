@@ -1,7 +1,7 @@
-"""EMAG in diffusers' ZImagePipeline. Also image to image.
+"""EMAG in diffusers' ZImagePipeline. Also image to image, and ZImageOmniPipeline.
 
-Blocks: `layers`, in which image and text tokens attend together, the image tokens first. The two refiners before them
-see one kind of token each.
+Blocks: `layers`, in which image and text tokens attend together, the image tokens first; in Omni text, reference
+images, image. The two refiners before them see one kind of token each.
 CFG: one call per step on a doubled batch, the conditional half first; the batch is a list of images and a list of
 texts, which `guide` cuts like tensors. Z-Image-Turbo, at guidance_scale 0, doubles nothing, and cfg_truncation ends the
 doubling in mid-run.
@@ -15,12 +15,15 @@ import math
 from guide import guide
 
 
+def patches(latents):
+    return math.prod(latents.shape[1:]) // 4                           # (channels, frames, height, width), of 2×2
+
+
 def image_tokens(args, kwargs):
-    x = (args[0] if args else kwargs["x"])[0]                          # of the first sample
-    images = x if isinstance(x, list) else [x]
-    *references, image = [math.prod(image.shape[1:]) // 4 for image in images]                     # patches of 2×2
-    before = [*references, *map(len, kwargs["cap_feats"][0])] if x is images else []
-    start = sum(math.ceil(count / 32) * 32 for count in before)
+    if args:
+        return slice(0, patches(args[0][0]))
+    *references, image = map(patches, kwargs["x"][0])                  # Omni's, of the first sample
+    start = sum(math.ceil(count / 32) * 32 for count in [*map(len, kwargs["cap_feats"][0]), *references])
     return slice(start, start + image)
 
 
