@@ -24,7 +24,7 @@ from test_recipes import (LATENT, STEPS, SlowAttention, Wan, check, close, image
 def tiny_lumina2():
     diffusers = import_diffusers()
     model = randomised(diffusers.Lumina2Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=8, num_refiner_layers=1,
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=6, num_refiner_layers=1,
         num_attention_heads=2, num_kv_heads=2, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(40, 16, 16),
         cap_feat_dim=12), std=0.3)
     return quiet(diffusers.Lumina2Pipeline(model, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), None, None,
@@ -42,7 +42,7 @@ def draw_lumina2(pipe, scale: float, **inputs):
         text = int(kwargs["encoder_attention_mask"].sum(dim=1).max())
         return slice(text, text + 16)
 
-    with guide(pipe.transformer, pipe.transformer.layers, range(2, 3), scale=scale, steps=lambda: pipe.num_timesteps,
+    with guide(pipe.transformer, pipe.transformer.layers, range(1, 2), scale=scale, steps=lambda: pipe.num_timesteps,
                calls=2, cond="first", image_tokens=image_tokens):
         return pipe(**inputs).images
 
@@ -80,7 +80,7 @@ def test_cfg_in_a_part_of_the_steps(family, images):
         pipe, inputs = tiny_lumina2(), lumina2_inputs([9] * images, cfg_trunc_ratio=0.5)
         run, draw = images_of(pipe, **inputs), partial(draw_lumina2, pipe)
         blocks, image, rows = pipe.transformer.layers, slice(9, 25), with_prompt(inputs["prompt_embeds"])
-    check(partial(run, draw), run, pipe.transformer, SlowAttention(blocks, range(2, 3), tokens=image), rows=rows)
+    check(partial(run, draw), run, pipe.transformer, SlowAttention(blocks, range(1, 2), tokens=image), rows=rows)
     assert len(sizes) == (0 if family == "Lumina2" else 2)
 
 
@@ -99,7 +99,7 @@ def test_skip_layer_guidance_calls_the_model_once_more():
                     skip_layer_guidance_stop=0.9)
     rows = lambda args, kwargs: passed.append(1) if "skip_layers" in kwargs else range(images, 2 * images)  # noqa: E731
     check(partial(run, partial(sd3.draw, pipe)), run, pipe.transformer,
-          SlowAttention(pipe.transformer.transformer_blocks, range(2, 3), tokens=slice(0, 16)), rows=rows)
+          SlowAttention(pipe.transformer.transformer_blocks, range(1, 2), tokens=slice(0, 16)), rows=rows)
     assert passed
 
 
@@ -124,7 +124,7 @@ def test_a_reference_image_of_flux(cfg):
                        true_cfg_scale=3.0)
     run = images_of(pipe, **inputs)
     check(partial(run, partial(flux.draw, pipe)), run, pipe.transformer,
-          SlowAttention(pipe.transformer.transformer_blocks, range(2, 3), tokens=slice(5, 21)),
+          SlowAttention(pipe.transformer.transformer_blocks, range(1, 2), tokens=slice(5, 21)),
           rows=with_prompt(inputs["prompt_embeds"]))
 
 
@@ -146,7 +146,7 @@ def test_reference_images_of_qwen_image(references, monkeypatch):
                   negative_prompt_embeds_mask=torch.ones(1, 4, dtype=torch.bool), **LATENT)
     run = images_of(pipe, **inputs)
     check(partial(run, partial(qwen_image.draw, pipe)), run, pipe.transformer,
-          SlowAttention(pipe.transformer.transformer_blocks, range(2, 3), tokens=slice(7, 23), variant="query"),
+          SlowAttention(pipe.transformer.transformer_blocks, range(1, 2), tokens=slice(7, 23), variant="query"),
           rows=with_prompt(inputs["prompt_embeds"]))
 
 
@@ -167,7 +167,7 @@ def test_layers_of_qwen_image(monkeypatch):
                   true_cfg_scale=3.0, num_inference_steps=STEPS, image=[Image.new("RGB", (32, 64))])
     draw = images_of(pipe, **inputs)
     check(partial(draw, partial(qwen_image.draw, pipe)), draw, pipe.transformer,
-          SlowAttention(pipe.transformer.transformer_blocks, range(2, 3), tokens=slice(7, 7 + 3 * 8), variant="query"),
+          SlowAttention(pipe.transformer.transformer_blocks, range(1, 2), tokens=slice(7, 7 + 3 * 8), variant="query"),
           rows=with_prompt(inputs["prompt_embeds"]))
 
 
@@ -185,7 +185,7 @@ def test_references_of_z_image_are_in_lists_of_lists(doubled):
     run = images_of(pipe, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], **LATENT,
                     guidance_scale=4.0 if doubled else 0.0)
     check(partial(run, partial(z_image.draw, pipe)), run, pipe.transformer,
-          SlowAttention(pipe.transformer.layers, range(2, 3), range(2), slice(128, 144)))
+          SlowAttention(pipe.transformer.layers, range(1, 2), range(2), slice(128, 144)))
 
 
 @pytest.mark.parametrize("family", ["SD3", "Flux", "SDXL", "Z-Image", "SD3 inpainting"])
@@ -219,7 +219,7 @@ def test_image_to_image_makes_fewer_steps(family, strength=0.5, steps=4):
     pipe.vae = vae
     run = images_of(pipe, **inputs | more)
     check(partial(run, partial(draw, pipe)), run, pipe.transformer,
-          SlowAttention(blocks, range(2, 3), rows, image), steps=steps)
+          SlowAttention(blocks, range(1, 2), rows, image), steps=steps)
 
 
 # ------------------------------------------------------------------------------------------------ adapters and lists
@@ -241,7 +241,7 @@ def test_a_controlnet_with_as_many_outputs_as_samples(layers, images):
     pipe.vae = SimpleNamespace(config=SimpleNamespace(shift_factor=0.0, scaling_factor=1.0), dtype=F64, encode=encode)
     run = images_of(pipe, **sd3_inputs(images), control_image=hint)
     check(partial(run, partial(sd3.draw, pipe)), run, pipe.transformer,
-          SlowAttention(pipe.transformer.transformer_blocks, range(2, 3), range(images, 2 * images), slice(0, 16)))
+          SlowAttention(pipe.transformer.transformer_blocks, range(1, 2), range(images, 2 * images), slice(0, 16)))
 
 
 def test_two_ip_adapters_and_one_image_of_sdxl():
@@ -281,7 +281,7 @@ def test_an_ip_adapter_of_flux():
                   negative_ip_adapter_image_embeds=[seeded(2, 1, 10, seed=9)], **LATENT)
     run = images_of(pipe, **inputs)
     check(partial(run, partial(flux.draw, pipe)), run, model,
-          SlowAttention(model.transformer_blocks, range(2, 3), tokens=slice(5, 21)),
+          SlowAttention(model.transformer_blocks, range(1, 2), tokens=slice(5, 21)),
           rows=with_prompt(inputs["prompt_embeds"]))
 
 
