@@ -350,6 +350,7 @@ def test_further_calls_in_a_step_do_not_count(case, calls, cond):
 def test_guide_refuses_calls_that_are_not_as_described(case):
     doubled = [halves(case, step) for step in range(4)]
     assert "never called" in refusal(case, []) and "never called" in refusal(case, [], steps=lambda: 3)
+    assert "0: the model was called without a tensor" in refusal(case, [(1, 2)])
     assert "step 2 of 3" in refusal(case, doubled[:2]) and "step 1 of 3" in refusal(case, doubled)
     with pytest.MonkeyPatch.context() as patch:
         forward, plain = case.model.forward, case.model(*doubled[1])
