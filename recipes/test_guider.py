@@ -18,8 +18,8 @@ import guider as recipe  # noqa: E402
 from guider import ExponentialMovingAverageAdaptiveProjectedGuidance as EMAGWithAPG  # noqa: E402
 from guider import ExponentialMovingAverageGuidance as EMAGWithCFG  # noqa: E402
 
-STEPS, SCALE, CFG, BETA = 5, 2.5, 3.0, 0.988
-OBSERVED, PERTURBED = range(0, 4), range(1, 4)                          # of 5 steps, by the window 1, 0.8, 0.2
+STEPS, SCALE, CFG, BETA = 4, 2.5, 3.0, 0.988
+OBSERVED, PERTURBED = range(0, 3), range(1, 3)                          # of 4 steps, by the window 1, 0.8, 0.2
 
 
 def seeded(*shape, seed):
@@ -301,15 +301,15 @@ def test_a_forward_that_was_replaced_stays_replaced(sd3, monkeypatch):
     assert torch.equal(sd3.draw(EMAGWithCFG(**settings(sd3))), on) and sd3.model.forward is mine
 
 
-@pytest.mark.parametrize("how", ["module", "blocks", "wrapper"])
+@pytest.mark.parametrize("how", ["wrapper", "blocks"])
 def test_a_compiled_denoiser(how):
     case = SD3(depth=2)
     case.layers = [0, 1]
     on, off = (case.draw(EMAGWithCFG(**settings(case, emag_scale=scale))) for scale in (SCALE, 1.0))
     if how == "wrapper":
         case.pipe.update_components(transformer=torch.compile(case.model, backend="eager"))
-    for module in case.blocks if how == "blocks" else [case.model] if how == "module" else []:
-        module.compile(backend="eager")
+    for block in case.blocks if how == "blocks" else []:
+        block.compile(backend="eager")
     compiled = case.draw(EMAGWithCFG(**settings(case)))
     assert (compiled - on).abs().max() < 1e-9 * off.abs().max() and "forward" not in vars(case.model)
     torch.compiler.reset()

@@ -170,7 +170,7 @@ def close(on, expected, off):
     assert expected.isfinite().all() and (on - expected).abs().max() < 1e-5 * size < 1e-2 * (on - off).abs().max()
 
 
-STEPS, SIZE = 5, dict(height=64, width=64)
+STEPS, SIZE = 4, dict(height=64, width=64)
 LATENT = dict(output_type="latent", num_inference_steps=STEPS, **SIZE)
 
 
@@ -332,10 +332,10 @@ def tiny_sdxl(pipeline: str = "StableDiffusionXLPipeline", more=(), **options):
 def sdxl_inputs(images: int) -> dict:
     return dict(prompt_embeds=tokens(5, 12, 1, images), negative_prompt_embeds=tokens(5, 12, 2, images),
                 pooled_prompt_embeds=seeded(images, 10, seed=3),
-                negative_pooled_prompt_embeds=seeded(images, 10, seed=4), **LATENT)
+                negative_pooled_prompt_embeds=seeded(images, 10, seed=4), **LATENT | dict(num_inference_steps=5))
 
 
-def sdxl_check(pipe, images: int, steps: int = STEPS, without=(), **more):
+def sdxl_check(pipe, images: int, steps: int = 5, without=(), **more):
     from recipes import sdxl
     inputs = {name: value for name, value in (sdxl_inputs(images) | more).items() if name not in without}
     run, mid = images_of(pipe, **inputs), pipe.unet.mid_block.attentions[0].transformer_blocks
