@@ -209,13 +209,13 @@ class EMAG:
 
         def run(n: int, forward: Callable, args: tuple, kwargs: dict):
             nonlocal entered
-            x = first_input(args, kwargs)
-            if n == 0 and isinstance(x, Tensor):
+            x = first_tensor(args, kwargs)
+            if n == 0:
                 entered = x[rows].clone()                      # copies, here and below: a model may write to tensors
             output = _with_attention(keep, self, n, forward, args, kwargs) if n in self.layers else \
                 forward(*args, **kwargs)
             if self.reuse and n < self.layers[-1]:
-                outputs[n] = map_tensors(lambda y: (y[rows] if is_batched(y, len(x)) else y).clone(), output)
+                outputs[n] = map_tensors(lambda y: (y[rows] if y.ndim and len(y) == len(x) else y).clone(), output)
             return output
 
         with _hooked(self.blocks, range(self.layers[-1] + 1) if self.reuse else self.layers, run):
@@ -273,7 +273,7 @@ class EMAG:
         first, observed = perturbed[0], len(self._calls[perturbed[0]].query)
 
         def run(n: int, forward: Callable, args: tuple, kwargs: dict):
-            x = first_input(args, kwargs)
+            x = first_tensor(args, kwargs)
             need(len(x) == observed, f"the negative pass got {len(x)} samples, {observed} were observed: call the "
                                      "model on the observed rows alone")
             if n == 0 and self._entered is not None:
@@ -338,27 +338,17 @@ def need(good, message: str, error: type[Exception] = RuntimeError):
         raise error(message)
 
 
-def first_input(args: tuple, kwargs: dict) -> Tensor | list[Tensor]:
-    """The first input that is a tensor, or a list with one tensor per sample; its length is the batch size."""
+def first_tensor(args: tuple, kwargs: dict) -> Tensor:
+    """The first input of a block that is a tensor; its length is the batch size."""
     if args and isinstance(args[0], Tensor):                          # the usual case, and no walk through all inputs
         return args[0]
-    for leaf in tree_leaves((args, kwargs), is_leaf=is_list):
-        if isinstance(leaf, Tensor) or is_list(leaf):
-            return leaf
-    raise RuntimeError("a hooked model or block was called without a tensor")
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    need(tensors, "a hooked block was called without a tensor")
+    return tensors[0]
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree):
     return function(tree) if isinstance(tree, Tensor) else tree_map_only(Tensor, function, tree)
-
-
-def is_list(x) -> bool:
-    return isinstance(x, list) and len(x) > 0 and isinstance(x[0], Tensor)
-
-
-def is_batched(x, batch: int) -> bool:
-    """Whether x is a tensor or a list with one entry per sample."""
-    return (isinstance(x, list) or isinstance(x, Tensor) and x.ndim > 0) and len(x) == batch
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -477,7 +467,7 @@ def _uncompiled() -> Iterator[None]:
 
 def _with_attention(handle: Callable, emag: EMAG, n: int, forward: Callable, args: tuple, kwargs: dict):
     """Candidate block n runs, and handle(n, call) computes the attention that EMAG averages."""
-    mode = _CatchAttention(handle, emag, n, len(first_input(args, kwargs)))
+    mode = _CatchAttention(handle, emag, n, len(first_tensor(args, kwargs)))
     try:
         with _uncompiled(), mode:
             output = forward(*args, **kwargs)
@@ -602,7 +592,8 @@ class _CatchAttention(TorchFunctionMode):
         queries, keys, wanted, number = call.query.shape[-2], call.key.shape[-2], self.emag.attention, self.calls
         self.calls += 1
         if (queries != keys) if wanted is None else (number != wanted):
-            self.seen = f"its call {number} attends with {queries} queries to {keys} keys (attention={number} takes it)"
+            self.seen = (f"its call {number} attends with {queries} queries to {keys} keys: attention={number} takes it, "
+                         "and is right where these keys hold the image")
             return call.attend()
         self.caught = True
         self.check(call)

@@ -4,6 +4,7 @@ Needs emag.py, and torch. The recipes beside this file show it with ten model fa
 """
 import dataclasses
 import importlib.util
+import itertools
 import math
 import sys
 import threading
@@ -14,11 +15,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 if importlib.util.find_spec("emag") is None:             # a copy has it beside this file, this project one folder up
     sys.path.append(str(Path(__file__).resolve().parent.parent))
-from emag import EMAG, Window, emag_update, first_input, is_batched, is_close, is_list, need, precision
+from emag import EMAG, Window, emag_update, is_close, need, precision
 
 
 @contextmanager
@@ -52,7 +53,8 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
         cuts every tensor as long as the batch, in lists too; and where x_t is a list, every list as long as the batch.
     reuse, emag_options: as for EMAG. diffusers' group offloading turns reuse off: a skipped block would load nothing.
 
-    x_t is the first tensor, or list of tensors, among the model's inputs; its length is the batch size.
+    x_t is the first tensor, or list of tensors, among the model's inputs; its length is the batch size. In a list of
+    lists each holds the images of a sample, x_t last.
     """
     order = {1: ("first", "last", "all"), 2: ("first", "last")}
     need(calls in order, f"calls is {calls}: need 1 or 2", ValueError)
@@ -64,8 +66,8 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
 
     def forward(original: Callable, args: tuple, kwargs: dict):
         nonlocal at
-        latents, doubled = _halves(first_input(args, kwargs), cond, calls)
-        anew = at is None or at.trace is not emag.trace
+        latents, rows = _conditional(_x_t(args, kwargs), cond, calls)
+        doubled, anew = rows != slice(None), at is None or at.trace is not emag.trace
         need(anew or at.thread == threading.get_ident() or at.is_through() and not at.busy,
              "another thread draws inside this guide(): one after the other, or a model and a guide() for each")
         need(anew or not at.busy, "a call of the model failed, or two pipelines draw at once inside this guide(): "
@@ -73,13 +75,10 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
         if anew or at.is_through() and not _equal(latents, at.latents):
             emag.reset()                                              # a new trajectory starts
             emag.reuse = reuse and not any(map(_loads_in_groups, blocks))
-            at = _Place(cond, calls, steps() if callable(steps) else steps, emag.trace)
+            at = _Place(calls, int((calls, cond) == (2, "last")), steps() if callable(steps) else steps, emag.trace)
         at.busy = True                                                # until this call is through
         inputs = tree_map(lambda x: x, (args, kwargs))                # before the model takes things out of its lists
         observed = at.count(latents, doubled, inputs) and window.observes(at.step, at.steps)
-        rows = slice(None)
-        if doubled:
-            rows = slice(len(latents)) if cond == "first" else slice(len(latents), None)
         if observed and callable(image_tokens) and not emag.trace:
             emag.image_tokens = image_tokens(args, kwargs)
         with emag.observe(rows, update=at.call < calls) if observed else nullcontext():
@@ -118,13 +117,13 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
 
 @dataclasses.dataclass
 class _Place:
-    """Where in its trajectory a pipeline is."""
-    cond: str
+    """Where in its trajectory a pipeline is. Steps, and the calls of one step, are counted from 0."""
     calls: int
+    conditional: int                                                  # which call of a step is
     steps: int
     trace: list                                                       # emag.trace: after reset() it is another one
-    step: int = -1                                                    # of `steps`, from 0
-    call: int = 0                                                     # of this step, from 0
+    step: int = -1
+    call: int = 1
     latents: Tensor | Sequence[Tensor] = ()                           # of this step, without the doubling
     doubled: bool = False                                             # whether this step's first call was
     inputs: tuple | None = None                                       # of the conditional call
@@ -136,7 +135,7 @@ class _Place:
         need(self.steps >= 1, f"steps() gave {self.steps} when a trajectory started: need at least 1")
 
     def is_through(self) -> bool:
-        return self.step == self.steps - 1 and (self.calls == 1 or self.cond == "first" or self.call > 0)
+        return self.step == self.steps - 1 and self.call >= self.conditional
 
     def count(self, latents: Tensor | list[Tensor], doubled: bool, inputs: tuple) -> bool:
         """One more call of the model: of this step if its latents are the same, else of the next one. True: it is
@@ -147,62 +146,68 @@ class _Place:
                  "one; if both have it, use the class EMAG in a loop of your own")
             self.call += 1
         else:
-            need(self.calls == 1 or self.cond == "first" or self.call > 0 or self.step < 0, "with calls=2 and "
-                 "cond='last' the two calls of a step need the same latents, and they differ: where there is one call "
-                 "per step, give calls=1; where the conditional call comes first, cond='first'")
+            need(self.call >= self.conditional, "with calls=2 and cond='last' the two calls of a step need the same "
+                 "latents, and they differ: where there is one call per step, give calls=1; where the conditional "
+                 "call comes first, cond='first'")
             self.step, self.call, self.doubled = self.step + 1, 0, doubled
             self.latents = tree_map(torch.clone, latents)             # copied: a pipeline may change them in place
-        if self.call == (self.calls == 2 and self.cond == "last"):
+        if self.call == self.conditional:
             self.inputs = inputs
-            return True
-        return self.call >= self.calls and _same(inputs, self.inputs)
+        return self.call == self.conditional or self.call >= self.calls and _equal(inputs, self.inputs)
 
 
-def _equal(a: Tensor | Sequence[Tensor], b: Tensor | Sequence[Tensor]) -> bool:
-    return len(a) == len(b) and all(map(torch.equal, a, b))
-
-
-def _same(a: tuple, b: tuple) -> bool:
-    """Whether two sets of inputs are equal: tensors and plain numbers by value, other things by identity."""
+def _equal(a, b) -> bool:
+    """Tensors, lists and dicts of them, and plain numbers by value; other things by identity."""
     (a, one), (b, other) = tree_flatten(a), tree_flatten(b)
     return one == other and all(torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else
                                 x is y or isinstance(x, (int, float, str)) and x == y for x, y in zip(a, b))
 
 
-def _halves(x: Tensor | list[Tensor], cond: str, calls: int) -> tuple[Tensor | list[Tensor], bool]:
-    """A batch without CFG's doubling, and whether it was doubled: two equal halves, else all samples are different."""
+def _is_list(x) -> bool:
+    return isinstance(x, list) and len(x) > 0 and isinstance(x[0], Tensor)
+
+
+def _x_t(args: tuple, kwargs: dict) -> Tensor | list:
+    """The first tensor, list of tensors, or list of such lists among the model's inputs."""
+    leaves = tree_leaves((args, kwargs), is_leaf=lambda x: _is_list(x) or isinstance(x, list) and any(map(_is_list, x)))
+    found = [x for x in leaves if isinstance(x, (Tensor, list))]
+    need(found, "the model was called without a tensor")
+    return found[0]
+
+
+def _conditional(x: Tensor | list, cond: str, calls: int) -> tuple[Tensor | list[Tensor], slice]:
+    """The latents without CFG's doubling, and the conditional rows of the batch x: a half, if it is two equal halves,
+    else all."""
+    x = [images[-1] for images in x] if isinstance(x[0], list) else x
     half = len(x) // 2
     doubled = len(x) == 2 * half > 0 and _equal(x[:half], x[half:])
-    single = x[:half] if doubled else x
-    looks = [tuple(sample.flatten()[::-(-sample.numel() // 16)].tolist()) for sample in single]      # 16 of its numbers
-    again = [(i, j) for j in range(len(looks)) for i in range(j) if looks[i] == looks[j]]
-    need(not any(torch.equal(single[i], single[j]) for i, j in again), f"the batch of {len(x)} samples holds some "
-         "latents more than once, and not as two equal halves: draw images from different noise; where the pipeline "
-         "makes more parts than the two of CFG (PAG's), draw without that")
+    latents = x[:half] if doubled else x
+    need(not any(torch.equal(*pair) for pair in itertools.combinations(latents, 2)),
+         f"the batch of {len(x)} samples holds some latents more than once, and not as two equal halves: draw images "
+         "from different noise; where the pipeline makes more parts than the two of CFG (PAG's), draw without that")
     need(not doubled or calls == 1 and cond != "all", "both halves of the batch hold the same latents, as CFG doubles "
          "them: give calls=1, and cond='first' or 'last', the conditional half; without CFG draw from different noise")
     partly = (a.shape == b.shape and (a == b).float().mean() > 0.1 for a, b in zip(x[:half], x[half:]))
     need(doubled or calls == 2 or cond == "all" or not any(partly), "samples of the batch agree in a part of their "
          "latents: where CFG joins other inputs to each half, use the class EMAG in a loop of your own; where there is "
          "no CFG, give cond='all'")
-    return single, doubled
+    return latents, slice(None) if not doubled else slice(half) if cond == "first" else slice(half, None)
 
 
 def _take(args: tuple, kwargs: dict, rows: slice) -> tuple[tuple, dict]:
     """The inputs with every tensor as long as the batch cut to `rows`; and every such list, if x_t is one."""
-    x = first_input(args, kwargs)
-    cut = lambda leaf: is_batched(leaf, len(x)) and isinstance(leaf, (Tensor, type(x)))                     # noqa: E731
+    x = _x_t(args, kwargs)
+    cut = lambda y: isinstance(y, (Tensor, type(x))) and getattr(y, "ndim", 1) and len(y) == len(x)         # noqa: E731
     return tree_map(lambda leaf: leaf[rows] if cut(leaf) else leaf, (args, kwargs), is_leaf=cut)
 
 
 def _hides_image(emag: EMAG) -> bool:
     """Whether the mask of the attention hides one of the image tokens from every query of a sample."""
-    call = emag._calls[emag.layers[0]]
-    if call.attn_mask is None:
+    mask = emag._calls[emag.layers[0]].attn_mask                                                   # (B, heads, N, N)
+    if mask is None:
         return False
-    mask = call.attn_mask.expand(-1, -1, -1, call.key.shape[-2])[..., emag.image_tokens]           # (B, heads, N, N)
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return not seen.flatten(1, 2).any(dim=1).all()
+    return not seen[..., emag.image_tokens].flatten(1, 2).any(dim=1).all()
 
 
 def _loads_in_groups(block: nn.Module) -> bool:
@@ -247,8 +252,8 @@ def _prediction(out) -> tuple[Tensor | list[Tensor], Callable]:
         name = dataclasses.fields(out)[0].name
         pred, rewrap = _prediction(getattr(out, name))
         return pred, lambda pred: dataclasses.replace(out, **{name: rewrap(pred)})
-    leaves, spec = tree_flatten(out, is_leaf=is_list)
-    need(leaves and (isinstance(leaves[0], Tensor) or is_list(leaves[0])),
+    leaves, spec = tree_flatten(out, is_leaf=_is_list)
+    need(leaves and (isinstance(leaves[0], Tensor) or _is_list(leaves[0])),
          f"the model returns a {type(out).__name__}: guide() needs a tensor or a list of tensors first in it")
     return leaves[0], lambda pred: tree_unflatten([pred, *leaves[1:]], spec)
 
@@ -273,7 +278,7 @@ def replaced_forward(model: nn.Module, run: Callable) -> Iterator[None]:
     need(not hasattr(original, "is_guided"), "the model is inside another guide() already: leave that one first")
     compiled = vars(model).get("_compiled_call_impl")                 # module.compile() lets it run instead of forward
 
-    @wraps(original, updated=())                            # pipelines read its signature
+    @wraps(original, updated=())                                      # pipelines read its signature
     @torch.compiler.disable
     def replacement(*args, **kwargs):
         return run(original, args, kwargs)

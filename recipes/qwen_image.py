@@ -1,6 +1,6 @@
-"""EMAG in diffusers' QwenImagePipeline. Also Qwen-Image-Edit and its Plus version.
+"""EMAG in diffusers' QwenImagePipeline. Also Qwen-Image-Edit, its Plus version, and Qwen-Image-Layered.
 
-Blocks: `transformer_blocks`; the tokens are text, then the image, then the reference images of an edit.
+Blocks: `transformer_blocks`; the tokens are text, then the image or its layers, then the reference images of an edit.
 CFG: two calls per step, the conditional one first. After CFG the pipeline scales its result to the norm of the
 conditional prediction, which with EMAG is that of ε̃'.
 Settings: none published for Qwen-Image; SD3's w_e, window and relative depth, blocks 15–21 of 60.
@@ -14,8 +14,9 @@ from guide import guide
 
 def image_tokens(args, kwargs):
     text, shapes = kwargs["encoder_hidden_states"].shape[1], kwargs["img_shapes"][0]
-    frames, height, width = shapes[0] if isinstance(shapes, list) else shapes        # after it: reference images
-    return slice(text, text + math.prod((frames, height, width)))
+    shapes = shapes if isinstance(shapes, list) else [shapes]
+    images = shapes[:-1] if kwargs.get("additional_t_cond") is not None else shapes[:1]      # after them: references
+    return slice(text, text + sum(map(math.prod, images)))
 
 
 def draw(pipe, scale=1.5, variant="query", **inputs):

@@ -1,5 +1,5 @@
 """EMAG in diffusers' StableDiffusion3Pipeline: SD3-Medium, the paper's main setting, and SD3.5. Also image to image,
-ControlNet and skip-layer guidance.
+inpainting, ControlNet and skip-layer guidance.
 
 Blocks: `transformer_blocks`; image and text tokens attend together, the image tokens first. The second attention in
 the first blocks of SD3.5-Medium, of image tokens alone, is left as it is.

@@ -24,7 +24,7 @@ from test_recipes import (LATENT, STEPS, SlowAttention, Wan, check, close, image
 def tiny_lumina2():
     diffusers = import_diffusers()
     model = randomised(diffusers.Lumina2Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=8, num_refiner_layers=1,
+        sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=6, num_refiner_layers=1,
         num_attention_heads=2, num_kv_heads=2, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(40, 16, 16),
         cap_feat_dim=12), std=0.3)
     return quiet(diffusers.Lumina2Pipeline(model, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), None, None,
@@ -42,7 +42,7 @@ def draw_lumina2(pipe, scale: float, **inputs):
         text = int(kwargs["encoder_attention_mask"].sum(dim=1).max())
         return slice(text, text + 16)
 
-    with guide(pipe.transformer, pipe.transformer.layers, range(2, 3), scale=scale, steps=lambda: pipe.num_timesteps,
+    with guide(pipe.transformer, pipe.transformer.layers, range(1, 2), scale=scale, steps=lambda: pipe.num_timesteps,
                calls=2, cond="first", image_tokens=image_tokens):
         return pipe(**inputs).images
 
@@ -66,13 +66,13 @@ def test_cfg_in_a_part_of_the_steps(family, images):
 
     if family == "SD3":
         pipe = tiny_sd3()
-        callback = importlib.import_module("diffusers.callbacks").SD3CFGCutoffCallback(cutoff_step_ratio=0.5)
+        callback = importlib.import_module("diffusers.callbacks").SD3CFGCutoffCallback(cutoff_step_ratio=0.25)
         run = images_of(pipe, **sd3_inputs(images), callback_on_step_end=callback)
         draw, blocks, image = partial(sd3.draw, pipe), pipe.transformer.transformer_blocks, slice(0, 16)
         rows = lambda args, kwargs: half_or_all(len(kwargs["hidden_states"]), range(images, 2 * images))    # noqa: E731
     elif family == "Z-Image":
         pipe = tiny_z_image()
-        run = images_of(pipe, prompt_embeds=list(tokens(9, 12, 1, images)), guidance_scale=3.0, cfg_truncation=0.5,
+        run = images_of(pipe, prompt_embeds=list(tokens(9, 12, 1, images)), guidance_scale=3.0, cfg_truncation=0.2,
                         negative_prompt_embeds=list(tokens(7, 12, 2, images)), **LATENT)
         draw, blocks, image = partial(z_image.draw, pipe), pipe.transformer.layers, slice(0, 16)
         rows = lambda args, kwargs: half_or_all(len(args[0]), range(images))                                # noqa: E731
@@ -80,7 +80,7 @@ def test_cfg_in_a_part_of_the_steps(family, images):
         pipe, inputs = tiny_lumina2(), lumina2_inputs([9] * images, cfg_trunc_ratio=0.5)
         run, draw = images_of(pipe, **inputs), partial(draw_lumina2, pipe)
         blocks, image, rows = pipe.transformer.layers, slice(9, 25), with_prompt(inputs["prompt_embeds"])
-    check(partial(run, draw), run, pipe.transformer, SlowAttention(blocks, range(2, 3), tokens=image), rows=rows)
+    check(partial(run, draw), run, pipe.transformer, SlowAttention(blocks, range(1, 2), tokens=image), rows=rows)
     assert len(sizes) == (0 if family == "Lumina2" else 2)
 
 
@@ -99,7 +99,7 @@ def test_skip_layer_guidance_calls_the_model_once_more():
                     skip_layer_guidance_stop=0.9)
     rows = lambda args, kwargs: passed.append(1) if "skip_layers" in kwargs else range(images, 2 * images)  # noqa: E731
     check(partial(run, partial(sd3.draw, pipe)), run, pipe.transformer,
-          SlowAttention(pipe.transformer.transformer_blocks, range(2, 3), tokens=slice(0, 16)), rows=rows)
+          SlowAttention(pipe.transformer.transformer_blocks, range(1, 2), tokens=slice(0, 16)), rows=rows)
     assert passed
 
 
@@ -124,7 +124,7 @@ def test_a_reference_image_of_flux(cfg):
                        true_cfg_scale=3.0)
     run = images_of(pipe, **inputs)
     check(partial(run, partial(flux.draw, pipe)), run, pipe.transformer,
-          SlowAttention(pipe.transformer.transformer_blocks, range(2, 3), tokens=slice(5, 21)),
+          SlowAttention(pipe.transformer.transformer_blocks, range(1, 2), tokens=slice(5, 21)),
           rows=with_prompt(inputs["prompt_embeds"]))
 
 
@@ -146,11 +146,50 @@ def test_reference_images_of_qwen_image(references, monkeypatch):
                   negative_prompt_embeds_mask=torch.ones(1, 4, dtype=torch.bool), **LATENT)
     run = images_of(pipe, **inputs)
     check(partial(run, partial(qwen_image.draw, pipe)), run, pipe.transformer,
-          SlowAttention(pipe.transformer.transformer_blocks, range(2, 3), tokens=slice(7, 23), variant="query"),
+          SlowAttention(pipe.transformer.transformer_blocks, range(1, 2), tokens=slice(7, 23), variant="query"),
           rows=with_prompt(inputs["prompt_embeds"]))
 
 
-@pytest.mark.parametrize("family", ["SD3", "Flux", "SDXL", "Z-Image"])
+def test_layers_of_qwen_image(monkeypatch):
+    """Three images follow each other; behind them is the reference."""
+    diffusers = import_diffusers()
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
+    from recipes import qwen_image
+    monkeypatch.setattr(pipeline_qwenimage_layered, "calculate_dimensions", lambda area, ratio: (32, 64))
+    base = tiny_qwen(use_layer3d_rope=True, use_additional_t_cond=True)
+    pipe = encoded(diffusers.QwenImageLayeredPipeline(base.scheduler, *[None] * 4, base.transformer))
+    config = SimpleNamespace(z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    pipe.vae = SimpleNamespace(dtype=F64, config=config,
+                               decode=lambda latents, return_dict: (latents[:, :, 0, None],))
+    pipe.text_encoder, pipe.image_processor.resize = SimpleNamespace(dtype=F64), lambda image, *size: image
+    pipe.image_processor.preprocess = lambda image, *size: seeded(1, 4, 8, 4, seed=9)
+    pipe.image_processor.postprocess = lambda image, output_type: image
+    inputs = dict(prompt="a", prompt_embeds=tokens(7, 12, 1, 1), negative_prompt_embeds=tokens(4, 12, 2, 1), layers=2,
+                  true_cfg_scale=3.0, num_inference_steps=STEPS, image=[Image.new("RGB", (32, 64))])
+    draw = images_of(pipe, **inputs)
+    check(partial(draw, partial(qwen_image.draw, pipe)), draw, pipe.transformer,
+          SlowAttention(pipe.transformer.transformer_blocks, range(1, 2), tokens=slice(7, 7 + 3 * 8), variant="query"),
+          rows=with_prompt(inputs["prompt_embeds"]))
+
+
+@pytest.mark.parametrize("doubled", [True, False])
+def test_references_of_z_image_are_in_lists_of_lists(doubled):
+    """Two samples, which share a reference: text, reference, image, and what SigLIP makes of the reference."""
+    diffusers = import_diffusers()
+    from recipes import z_image
+    pipe = quiet(diffusers.ZImageOmniPipeline(*[None] * 7))
+    base, lengths = tiny_z_image(siglip_feat_dim=6), [9, 3, 5]   # each 32 with padding, as the reference's 8
+    pipe.register_modules(scheduler=base.scheduler, transformer=base.transformer)
+    pipe.prepare_image_latents = lambda *, batch_size, **more: [[seeded(4, 1, 4, 8, seed=20)]] * batch_size
+    pipe.prepare_siglip_embeds = lambda *, batch_size, **more: [[seeded(2, 3, 6, seed=30)]] * batch_size
+    embeds = [[[seeded(length, 12, seed=seed + sample) for length in lengths] for sample in (0, 1)] for seed in (1, 3)]
+    run = images_of(pipe, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], **LATENT,
+                    guidance_scale=4.0 if doubled else 0.0)
+    check(partial(run, partial(z_image.draw, pipe)), run, pipe.transformer,
+          SlowAttention(pipe.transformer.layers, range(1, 2), range(2), slice(128, 144)))
+
+
+@pytest.mark.parametrize("family", ["SD3", "Flux", "SDXL", "Z-Image", "SD3 inpainting"])
 def test_image_to_image_makes_fewer_steps(family, strength=0.5, steps=4):
     diffusers = import_diffusers()
     from recipes import flux, sd3, z_image
@@ -160,8 +199,13 @@ def test_image_to_image_makes_fewer_steps(family, strength=0.5, steps=4):
         pipe = encoded(tiny_sdxl("StableDiffusionXLImg2ImgPipeline"))
         pipe.vae = vae
         return sdxl_check(pipe, 2, steps=steps, without=["height", "width"], **more)
-    if family == "SD3":
+    if family.startswith("SD3"):
         pipe, inputs = encoded(tiny_sd3("StableDiffusion3Img2ImgPipeline")), sd3_inputs(2)
+        if family == "SD3 inpainting":                           # mask and masked image beside each half of the latents
+            pipe = tiny_sd3("StableDiffusion3InpaintPipeline", in_channels=33, out_channels=16)
+            more |= dict(image=seeded(1, 3, 64, 64, seed=9).sigmoid(), mask_image=torch.ones(1, 1, 64, 64).tril())
+            vae.config.latent_channels, vae.dtype = 16, F64
+            vae.encode = lambda x: SimpleNamespace(latents=x.mean(1, keepdim=True)[..., ::8, ::8].repeat(1, 16, 1, 1))
         draw, blocks, image, rows = sd3.draw, pipe.transformer.transformer_blocks, slice(0, 16), range(2, 4)
     elif family == "Flux":
         base = tiny_flux(guidance=True)
@@ -176,7 +220,7 @@ def test_image_to_image_makes_fewer_steps(family, strength=0.5, steps=4):
     pipe.vae = vae
     run = images_of(pipe, **inputs | more)
     check(partial(run, partial(draw, pipe)), run, pipe.transformer,
-          SlowAttention(blocks, range(2, 3), rows, image), steps=steps)
+          SlowAttention(blocks, range(1, 2), rows, image), steps=steps)
 
 
 # ------------------------------------------------------------------------------------------------ adapters and lists
@@ -198,7 +242,7 @@ def test_a_controlnet_with_as_many_outputs_as_samples(layers, images):
     pipe.vae = SimpleNamespace(config=SimpleNamespace(shift_factor=0.0, scaling_factor=1.0), dtype=F64, encode=encode)
     run = images_of(pipe, **sd3_inputs(images), control_image=hint)
     check(partial(run, partial(sd3.draw, pipe)), run, pipe.transformer,
-          SlowAttention(pipe.transformer.transformer_blocks, range(2, 3), range(images, 2 * images), slice(0, 16)))
+          SlowAttention(pipe.transformer.transformer_blocks, range(1, 2), range(images, 2 * images), slice(0, 16)))
 
 
 def test_two_ip_adapters_and_one_image_of_sdxl():
@@ -238,7 +282,7 @@ def test_an_ip_adapter_of_flux():
                   negative_ip_adapter_image_embeds=[seeded(2, 1, 10, seed=9)], **LATENT)
     run = images_of(pipe, **inputs)
     check(partial(run, partial(flux.draw, pipe)), run, model,
-          SlowAttention(model.transformer_blocks, range(2, 3), tokens=slice(5, 21)),
+          SlowAttention(model.transformer_blocks, range(1, 2), tokens=slice(5, 21)),
           rows=with_prompt(inputs["prompt_embeds"]))
 
 
@@ -311,7 +355,7 @@ def test_after_an_interrupted_picture_reset_starts_the_next(raises):
         except InterruptedError:
             assert raises
         emag.reset()
-    with pytest.raises(RuntimeError, match="step 3 of 5.*reset"), guide(pipe.transformer, blocks, **options):
+    with pytest.raises(RuntimeError, match="step 3 of 4.*reset"), guide(pipe.transformer, blocks, **options):
         try:
             draw(callback_on_step_end=stop)
         except InterruptedError:

@@ -1,7 +1,7 @@
-"""EMAG in diffusers' ZImagePipeline. Also image to image.
+"""EMAG in diffusers' ZImagePipeline. Also image to image, and ZImageOmniPipeline.
 
-Blocks: `layers`, in which image and text tokens attend together, the image tokens first. The two refiners before them
-see one kind of token each.
+Blocks: `layers`, in which image and text tokens attend together, the image tokens first; in Omni text, reference
+images, image. The two refiners before them see one kind of token each.
 CFG: one call per step on a doubled batch, the conditional half first; the batch is a list of images and a list of
 texts, which `guide` cuts like tensors. Z-Image-Turbo, at guidance_scale 0, doubles nothing, and cfg_truncation ends the
 doubling in mid-run.
@@ -10,12 +10,21 @@ alone, so its longest text must be as long as the batch's: no negative prompt lo
 Settings: none published for Z-Image; SD3's w_e, window and relative depth, blocks 7–10 of 30.
 Memory: E is 1.9 GiB or more per candidate and image at 1024²; variant="query" makes it 60 MiB.
 """
+import math
+
 from guide import guide
 
 
+def patches(latents):
+    return math.prod(latents.shape[1:]) // 4                           # (channels, frames, height, width), of 2×2
+
+
 def image_tokens(args, kwargs):
-    frames, height, width = args[0][0].shape[1:]                       # patches of 2×2
-    return slice(0, frames * height * width // 4)
+    if args:
+        return slice(0, patches(args[0][0]))
+    *references, image = map(patches, kwargs["x"][0])                  # Omni's, of the first sample
+    start = sum(math.ceil(count / 32) * 32 for count in [*map(len, kwargs["cap_feats"][0]), *references])
+    return slice(start, start + image)
 
 
 def draw(pipe, scale=1.5, variant="map", **inputs):
