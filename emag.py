@@ -592,8 +592,8 @@ class _CatchAttention(TorchFunctionMode):
         queries, keys, wanted, number = call.query.shape[-2], call.key.shape[-2], self.emag.attention, self.calls
         self.calls += 1
         if (queries != keys) if wanted is None else (number != wanted):
-            self.seen = (f"its call {number} attends with {queries} queries to {keys} keys: attention={number} takes it, "
-                         "and is right where these keys hold the image")
+            self.seen = (f"its call {number} attends with {queries} queries to {keys} keys: attention={number} takes "
+                         "it, and is right where these keys hold the image")
             return call.attend()
         self.caught = True
         self.check(call)

@@ -206,7 +206,7 @@ def guided(net: Callable, y: Tensor, null: Tensor, *, steps: int, cfg: float = 1
         if watch is not None and update:
             watch(Step(emag, step, t, x, clean, pred_null, negative))
 
-        first = slice(channels or x.shape[1])
+        first = slice(x.shape[1] if channels is None else channels)
         if combine is not None:
             pred = combine(pred[:, first], pred_null[:, first], x[:, first], t, update)
         elif cfg != 1:
@@ -578,6 +578,9 @@ def prepare(args: argparse.Namespace, per_class: int = 8) -> tuple:
     name, names, config, weights = args.ckpt.name, meta["class_names"], model.config, fingerprint(model)
     need(not like or like.weights == weights,
          f"--like {args.like}: was drawn with other weights than {name} has: need --ckpt {like and like.checkpoint}")
+    heads, flow = config["num_heads"], meta["flow"] if meta["prediction"] == "velocity" else None
+    need(not like or (like.heads, like.flow) == (heads, flow), f"--like {args.like}: was drawn with --heads "
+         f"{like and like.heads}{like and like.flow and f' --flow {like.flow}' or ''}: need the same flags")
     depth, first, end = config["depth"], config["depth"] * 12 // 28, config["depth"] * 16 // 28
     with naming(f"{args.ckpt}, its settings", (TypeError, ValueError)):
         published = PUBLISHED[meta["prediction"]] | dict(layers=range(first, max(end, first + 1)))
@@ -588,8 +591,7 @@ def prepare(args: argparse.Namespace, per_class: int = 8) -> tuple:
     auto = like.dtype if like else "bfloat16" if "cuda" in device else "float32"
     chosen = {flag: value for flag, value in vars(args).items() if value is not None and flag in vars(base)} | dict(
         layers=layers, classes=[names[c] if names else c for c in classes],
-        heads=config["num_heads"], flow=meta["flow"] if meta["prediction"] == "velocity" else None,
-        dtype=auto if args.dtype == "auto" else args.dtype,
+        heads=heads, flow=flow, dtype=auto if args.dtype == "auto" else args.dtype,
         checkpoint=name, weights=weights, vae=decoder and fingerprint(decoder))
     if args.uncond and args.cfg is None:
         chosen["cfg"] = 1.0

@@ -27,7 +27,8 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
           steps: int | Callable[[], int] = 28, calls: int = 1, channels: slice | None = None, window: Window = Window(),
           take: Callable | None = None, image_tokens: slice | Callable | None = None, reuse: bool = True,
           **emag_options) -> Iterator[EMAG]:
-    """EMAG inside a pipeline that does CFG; the pipeline and the model stay as they are. The defaults are SD3's.
+    """EMAG inside a pipeline that does CFG; the pipeline and the model stay as they are. scale, steps and window have
+    SD3's defaults; image_tokens has none, and must be given wherever text is among the tokens.
 
         with guide(pipe.transformer, pipe.transformer.transformer_blocks, range(6, 9), cond="last", scale=1.5,
                    steps=28, image_tokens=slice(0, 4096)) as emag:
@@ -43,7 +44,8 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
         calls=2, cond="first" or "last": two calls per step; that call is the conditional one. After "first" the other
             one may be missing, since CFG is off in this step.
         Further calls of a step, with the same latents, do not count. One with all inputs of the conditional call comes
-        back guided like it, any other (skip-layer guidance) as it is.
+        back guided like it, any other (skip-layer guidance) as it is. One that differs by hooks or attention
+        processors alone has all these inputs too: do not combine.
     scale: w_e; 1 is off.
     steps: steps per trajectory, after which a new one starts; or a function that says so when one starts, such as
         `lambda: pipe.num_timesteps`. After a trajectory that was interrupted, emag.reset() lets the next one start.
@@ -61,6 +63,9 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
     need(cond in order[calls], f"cond is {cond!r}: need one of {order[calls]}", ValueError)
     need(callable(steps) or steps >= 1, f"steps is {steps}: need at least 1", ValueError)
     need(math.isfinite(scale), f"scale is {scale}: need a finite number", ValueError)
+    for name, part in dict(channels=channels, image_tokens=image_tokens).items():
+        need(part is None or isinstance(part, slice) or callable(part) and name == "image_tokens",
+             f"{name} is {part!r}: need a slice, such as slice(0, 3), or None", ValueError)
     emag = EMAG(blocks, layers, image_tokens=None if callable(image_tokens) else image_tokens, **emag_options)
     at: _Place | None = None
 
@@ -81,13 +86,18 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
         observed = at.count(latents, doubled, inputs) and window.observes(at.step, at.steps)
         if observed and callable(image_tokens) and not emag.trace:
             emag.image_tokens = image_tokens(args, kwargs)
+        # Further calls of the step do not advance E.
         with emag.observe(rows, update=at.call < calls) if observed else nullcontext():
             out = original(*args, **kwargs)
-        need(not observed or len(emag.trace) > 1 or image_tokens is None or not _hides_image(emag),
+        at_first = observed and len(emag.trace) == 1
+        need(not at_first or image_tokens is None or not _hides_image(emag),
              "image_tokens holds tokens that a mask hides in a sample: the image must be at one place in all samples, "
              "so draw prompts of one length, or one after the other")
         if observed and window.perturbs(at.step, at.steps):
             pred, rewrap = _prediction(out)
+            need(doubled or len(pred) == len(latents), f"{len(latents)} samples went in and {len(pred)} came out: "
+                 "guide() takes the first tensor among the model's inputs for x_t")
+            pred = tree_map(torch.clone, pred)                        # a model may write all its outputs to one place
             if doubled:
                 inputs = (take or _take)(*inputs, rows)
             if doubled and not at.cut_checked:                        # once per trajectory, since it takes a pass
@@ -95,6 +105,7 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
                 at.cut_checked = True
             with emag.perturb():
                 negative = _predict(original, inputs)
+            # At λ = 0 and where A is E (Δ = 0) it must be.
             need(emag.strength == 0 or not emag.deviation.any() or not _equal(negative, pred[rows]),
                  "the negative is the prediction itself, though the attention is not its average: what EMAG caught is "
                  "not the image's attention, or its result is not used. Give other layers, or attention=")
@@ -170,7 +181,7 @@ def _is_list(x) -> bool:
 def _x_t(args: tuple, kwargs: dict) -> Tensor | list:
     """The first tensor, list of tensors, or list of such lists among the model's inputs."""
     leaves = tree_leaves((args, kwargs), is_leaf=lambda x: _is_list(x) or isinstance(x, list) and any(map(_is_list, x)))
-    found = [x for x in leaves if isinstance(x, (Tensor, list))]
+    found = [x for x in leaves if isinstance(x, list) or isinstance(x, Tensor) and x.ndim > 0]
     need(found, "the model was called without a tensor")
     return found[0]
 
@@ -231,7 +242,8 @@ def _check_cut(model: nn.Module, emag: EMAG, run: Callable, pred, rows: slice):
             f"the model fails on inputs cut to the conditional samples ({error}): {hint}" if again is None else
             "inputs cut to the conditional samples make fewer tokens: a batch is padded to its longest prompt, so give "
             f"no negative prompt that is longer than the prompts; or {hint}") from error
-    clean, null = pred[rows], pred[rows.stop:rows.start]              # the conditional half, and the other one
+    clean, null = pred[rows], pred[rows.stop:rows.start]              # the conditional half, and the other half
+    # Equal up to rounding; where the halves are near each other, much nearer to its own half than to the other.
     eps, away = precision([model]), lambda x, y: (x - y).float().norm()                                     # noqa: E731
     same = all(is_close(new[None], old[None], eps) and (4 * away(new, old) <= away(other, old) or
                is_close(new[None], old[None], eps, times=2)) for new, old, other in zip(again, clean, null))
@@ -260,8 +272,9 @@ def _prediction(out) -> tuple[Tensor | list[Tensor], Callable]:
 
 def _guided_rows(pred, negative, rows: slice, channels: slice | None, scale: float):
     """`pred` with ε̃' in the place of ε: for the samples `rows`, in their prediction channels."""
-    guided, channels = [sample.clone() for sample in pred], slice(None) if channels is None else channels
-    for new, old in zip(guided[rows], negative):
+    guided, channels = list(pred), slice(None) if channels is None else channels
+    for i, old in zip(range(len(pred))[rows], negative):
+        new = guided[i] = guided[i].clone()
         new[channels] = emag_update(new[channels], old[channels], scale)
     return torch.stack(guided) if isinstance(pred, Tensor) else guided
 

@@ -106,6 +106,36 @@ def test_guide_with_lists(wrap, images):
             assert all(map(torch.equal, whole[-1], clean)) and case.model.forward.__name__ == "of_lists"
 
 
+@pytest.mark.parametrize("cond", ["first", "last"])
+def test_a_model_that_writes_all_its_outputs_to_one_place(case, cond):
+    out, forward = torch.zeros_like(case.model(*halves(case, 0))), case.model.forward
+
+    def to_one_place(*args):
+        out[:len(args[0])] = forward(*args)
+        return out[:len(args[0])]
+
+    found = []
+    for case.model.forward in (forward, to_one_place):
+        with guide(case.model, case.blocks, cond=cond, **GUIDED):
+            found.append([case.model(*halves(case, step, cond)).clone() for step in range(5)])
+    assert all(map(torch.equal, *found))
+
+
+def test_x_t_is_the_first_tensor_with_dimensions():
+    """A time without may stand before it; one of shape (1,) would be taken for it."""
+    case, expected = Case("dit"), []
+    forward = case.model.forward
+    with guide(case.model, case.blocks, cond="last", **GUIDED):
+        expected += [case.model(*halves(case, step)) for step in range(5)]
+    case.model.forward = lambda t, x, y: forward(x, t.expand(len(x)), y)
+    for shape in ((), (1,)):
+        with pytest.raises(RuntimeError, match="1 samples went in") if shape else nullcontext(), \
+                guide(case.model, case.blocks, cond="last", **GUIDED):
+            for step in range(5):
+                x, t, y = halves(case, step)
+                torch.testing.assert_close(case.model(t[0].view(shape), x, y), expected[step])
+
+
 def test_guide_with_an_input_that_is_one_for_all_samples():
     """(6,), by chance as long as the batch: it would be cut like the samples."""
     case, moved, shift = Case("dit"), Case("dit"), torch.arange(6.0)
@@ -517,7 +547,8 @@ class Before(nn.Module):
 @pytest.mark.parametrize("options, message", [
     (dict(cond="middle"), "cond is 'middle': need"), (dict(cond="all", calls=2), "cond is 'all': need .*'first'"),
     (dict(steps=0), "at least 1"), (dict(calls=3), "need 1 or 2"), (dict(scale=math.nan), "need a finite number"),
-    (dict(scale=math.inf), "need a finite number"), (dict(layers=[7]), "layers")])
+    (dict(scale=math.inf), "need a finite number"), (dict(layers=[7]), "layers"), (dict(channels=3), "need a slice"),
+    (dict(image_tokens=[0, 4]), "need a slice")])
 def test_arguments_out_of_range(options, message):
     model = small_dit()
     with pytest.raises(ValueError, match=message):
