@@ -421,7 +421,8 @@ def load_dit(path: str | Path, heads: int | None = None) -> tuple[DiT, dict]:
         said = config.get("num_heads", config.get("num_attention_heads"))
         need(None in (heads, said) or heads == said,
              f"--heads {heads}: this checkpoint says {said!r:.60}: leave the flag out")
-        rows, classes = len(state[labels]), getattr(content.get("args"), "num_classes", None)
+        rows, given = len(state[labels]), content.get("args")             # of the training script
+        classes = given.get("num_classes") if isinstance(given, dict) else getattr(given, "num_classes", None)
         sizes = config_of(state, heads if said is None else said,
                           class_dropout=rows > 1 and classes != rows and config.get("class_dropout") is not False)
         meta = meta or dict(prediction="noise", class_names=[], settings={}, latent=sizes["in_channels"] not in (1, 3))

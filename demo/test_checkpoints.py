@@ -447,11 +447,12 @@ def test_prefixes_and_projectors_are_left_out(prefix, tmp_path):
     assert loaded.keys() == DIT.keys() and all(torch.equal(tensor, DIT[name]) for name, tensor in loaded.items())
 
 
-@pytest.mark.parametrize("rows, said, classes, null", [
-    (4, None, 3, 3), (4, 3, 3, 3), (4, 4, 4, None), (2, 1, 1, 1), (1, 1, 1, None), (1, None, 1, None)])
-def test_a_checkpoint_with_no_null_class(rows, said, classes, null, tmp_path):
+@pytest.mark.parametrize("rows, said, classes, null, kind", [
+    (4, None, 3, 3, None), (4, 3, 3, 3, dict), (4, 4, 4, None, argparse.Namespace), (4, 4, 4, None, dict),
+    (2, 1, 1, 1, argparse.Namespace), (1, 1, 1, None, dict), (1, None, 1, None, None)])
+def test_a_checkpoint_with_no_null_class(rows, said, classes, null, kind, tmp_path):
     model = DiT(**CONFIG | dict(num_classes=rows - 1)).float()
-    content = {"ema": model.state_dict()} | ({"args": argparse.Namespace(num_classes=said)} if said else {})
+    content = {"ema": model.state_dict()} | ({"args": kind(num_classes=said)} if said else {})
     torch.save(content, tmp_path / "dit.pt")
     loaded, meta = load_dit(tmp_path / "dit.pt", heads=4)
     assert loaded.null_class == null and loaded.config["num_classes"] == classes
