@@ -370,7 +370,7 @@ def is_close(new: Tensor, old: Tensor, eps: float, times: int = 8) -> Tensor | b
         eps = max(eps, torch.finfo(torch.get_autocast_dtype(device)).eps)
     if new.shape != old.shape:
         return False
-    off, size = ((x.float().flatten(1)).norm(dim=1) for x in (new - old, old))
+    off, size = (x.float().flatten(1).norm(dim=1) for x in (new - old, old))
     return (off <= max(1e-3, times * eps) * size).all()               # left on the device: a GPU need not wait here
 
 
