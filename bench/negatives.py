@@ -303,6 +303,7 @@ def main(argv: Sequence[str] | None):
                     for name, of in kept_measure(bench, negatives, step).items()}
         rows += [dict(name=name, t=t, step=step) | quantities
                  for name, quantities in print_measured(measured, halves, t).items()]
+    save_scores(bench, args.seeds, "negatives", rows=rows, runs=[])       # the samples below take hours
 
     hardness = {row["name"]: float(row["hardness"][0]) for row in rows if row["step"] == middle}
     best = {}

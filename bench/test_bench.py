@@ -640,6 +640,10 @@ def test_negatives_from_end_to_end(folder, capsys, monkeypatch):
     left = json.loads((folder / "cache" / "negatives.json").read_text())
     assert len(left["rows"]) == 9 and [run["name"] for run in left["runs"]] == ["EMAG", "PAG", "weaker model"]
     assert all(f"\n| {run['name']} | {run['emag']:g} | {run['omega']:.2f} | " in first.out for run in left["runs"])
+    monkeypatch.setattr(negatives, "sample_negative", lambda *args: 1 / 0)     # what was measured is left all the same
+    with pytest.raises(ZeroDivisionError):
+        negatives.main(argv)
+    assert json.loads((folder / "cache" / "negatives.json").read_text()) == left | dict(runs=[])
     for more, word in ((("--weak", f"{folder}/flow.pt"), "another checkpoint"),
                        (("--set", '{"cads": [0.6, 0.9, 0.1, 1.0]}'), "cads")):
         assert negatives.main(flags(folder, *more)) == 2 and word in capsys.readouterr().err
