@@ -393,9 +393,9 @@ def load_dit(path: str | Path, heads: int | None = None) -> tuple[DiT, dict]:
     path: this project's own file; an official DiT, SiT or REPA file, bare or from training (then its `ema`); or DiT in
     the diffusers layout, a folder with config.json or a file beside one. heads: needed where the file does not say
     their number and the size is none of DIT_SIZES.
-    meta: prediction ("noise" or "velocity"), flow ("rf" or "sit", the time of a velocity, may be absent), class_names
-    (one per class, or none), settings (the recommended ones; may be empty or None), latent (True where x is a latent,
-    False where it is grey or RGB in [−1, 1]).
+    meta: prediction ("noise" or "velocity"), flow ("rf", "sit" or "repa", the time of a velocity, may be absent),
+    class_names (one per class, or none), settings (the recommended ones; may be empty or None), latent (True where x is
+    a latent, False where it is grey or RGB in [−1, 1]).
     What an official file does not say is assumed: that it predicts noise, which is wrong for SiT and REPA; that 1 or 3
     channels are pixels; and that the last of several labels is ∅, unless args.num_classes in the file counts it as a
     class: then null_class is None.
@@ -427,10 +427,10 @@ def load_dit(path: str | Path, heads: int | None = None) -> tuple[DiT, dict]:
                           class_dropout=rows > 1 and classes != rows and config.get("class_dropout") is not False)
         meta = meta or dict(prediction="noise", class_names=[], settings={}, latent=sizes["in_channels"] not in (1, 3))
         names = meta["class_names"]
-        need(meta.get("prediction") in ("noise", "velocity") and meta.get("flow", "rf") in ("rf", "sit")
+        need(meta.get("prediction") in ("noise", "velocity") and meta.get("flow", "rf") in ("rf", "sit", "repa")
              and isinstance(names, list) and len(names) in (0, sizes["num_classes"])
              and all(isinstance(name, str) for name in names), f"its meta is {meta!r:.120}: need prediction noise or "
-             f"velocity, flow rf or sit, and class_names for {sizes['num_classes']} classes, or none")
+             f"velocity, flow rf, sit or repa, and class_names for {sizes['num_classes']} classes, or none")
         with torch.device("meta"):                        # takes no memory: the file's weights replace all parameters
             model = DiT(**sizes)
         return load_into(model, state), meta

@@ -515,7 +515,7 @@ def make_parser(description: str) -> tuple[argparse.ArgumentParser, argparse._Ar
     add("--window", type=float, nargs=3, metavar=("START", "APPLY", "STOP"),
         help="1 ≥ START ≥ APPLY ≥ STOP ≥ 0: of the steps left")
     add("--guide-channels", type=int, metavar="N", help="guide the first so many alone; official DiT code: 3")
-    add("--uncond", action="store_const", const=True, help="the null condition alone, no CFG; published W_E for DiT: 7")
+    add("--uncond", action=argparse.BooleanOptionalAction, help="∅ alone, no CFG; published W_E for DiT: 7")
     add("--apg", type=float, nargs="*", metavar="ETA NORM MOMENTUM", help="APG for CFG's formula; no numbers: 0 5 -0.5")
     add("--cads", type=float, nargs="*", metavar="TAU1 TAU2 S PSI", help="CADS; no numbers: 0.6 0.9 EMBEDDING_STD/4 1")
     add = parser.add_argument_group("sampling", otherwise).add_argument

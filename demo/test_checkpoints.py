@@ -366,7 +366,8 @@ def test_the_bad_files_are_good_but_for_one_change(tmp_path):
 
 @pytest.mark.parametrize("meta", [
     {"class_names": []}, {"class_names": ["👩‍🚒", "می‌خواهم", "L'été, 2"]}, {"settings": None},
-    {"settings": ..., "class_names": ..., "latent": ...}, {"latent": True, "flow": "sit"}])
+    {"settings": ..., "class_names": ..., "latent": ...}, {"latent": True, "flow": "sit"},
+    {"flow": "repa"}])
 def test_meta_that_makes_sense_is_kept(meta, tmp_path):
     own(meta=meta)(tmp_path / "own.pt")
     expected = changed(dict(flow="rf") | META, meta)

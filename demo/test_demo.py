@@ -170,6 +170,9 @@ def test_like_draws_a_picture_again(ckpt, flags, files, tmp_path, capsys, monkey
     assert run_cli(capsys, *like, "--seed", 77, "--num", 1)[0] == 0                       # flags beside it win
     settings, changed = (json.loads(Image.open(tmp_path / f"{name}.png").text["settings"]) for name in ("one", "two"))
     assert changed == settings | dict(seed=77, num=1)
+    if settings["uncond"]:
+        assert run_cli(capsys, *like, "--no-uncond")[0] == 0
+        assert json.loads(Image.open(tmp_path / "two.png").text["settings"]) == settings | dict(uncond=False)
     if network:                                                                           # what the file does not say
         code, _, err = run_cli(capsys, *[flag for flag in like if flag not in ("--flow", "sit")])
         assert code == 2 and "need the same flags" in err and "--flow sit" in err
