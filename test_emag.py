@@ -432,6 +432,8 @@ def test_wrong_use_is_one_clear_line(case):
 
     emag, one, two, three = case.emag(), *map(case.inputs, range(3))
     refused("nothing was observed yet", emag.perturb())
+    with pytest.raises(RuntimeError, match="nothing was observed yet"):
+        emag.selected
     refused(r"blocks \[0, 1, 2, 3, 0, 1, 2, 3\] ran", emag.observe(), one, two)
     refused(r"blocks \[\] ran, and \[1\] must", case.emag([1], reuse=False).observe())
     refused(r"blocks \[0, 2, 1, 3\] ran, and \[0, 1, 2, 3\] must",
@@ -811,7 +813,8 @@ def test_a_model_that_attends_by_hand_is_the_one_with_the_fused_kernel(case, mon
     torch.testing.assert_close(emag.deviation, fused.deviation)
     case.model.float()
     case.inputs = lambda step: [part.float() if part.is_floating_point() else part for part in inputs(step)]
-    assert trajectory(case, case.emag())[-1].dtype == torch.float32                # with an average in float64
+    emag = case.emag()                                                            # with an average in float64
+    assert trajectory(case, emag)[-1].dtype == torch.float32 and emag.average(1).dtype == F64
 
 
 @pytest.mark.parametrize("call", [hand_made(SOFTMAX["torch.softmax"]), lambda q, k, v, mask: SDPA(q, k, k)])
