@@ -678,6 +678,9 @@ def test_memory_is_the_average_and_one_chunk_and_with_emag_q_no_map(monkeypatch)
     assert average < first < average + 5 * one_map and later < 5 * one_map  # E is allocated in the first step
     few, many = (memory(grid, 2, [1], variant="query")[0] for grid in (24, 48))
     assert many < 5 * few and few < one_map                                 # four times as many tokens: linear is four
+    query, key = seeded(3, 8, 24, 5), seeded(3, 8, 48, 5)
+    monkeypatch.setattr("emag.CHUNK", 3 * 2 * 24 * 48 + 1)                  # maps of two heads, of the whole batch
+    assert emag_module._AttentionCall(query, key, key).head_chunks() == [slice(n, n + 2) for n in (0, 2, 4, 6)]
 
 
 @pytest.mark.parametrize("options, message", [
