@@ -35,9 +35,9 @@ def draw_frontier(quality: dict, negatives: dict, file: Path):
     negatives that were scored on other samples.
     """
     w, w_e = quality["settings"]["cfg"], quality["settings"]["emag"]
-    kinds = {"CFG alone, w": ("black", "o-"), "CFG in EMAG's window, w inside": ("tab:green", "D"),
-             "EMAG, w / w_e": ("tab:red", "o"), f"EMAG-Q, {w:g} / {w_e:g}": ("tab:blue", "s"),
-             f"PAG and S², {w:g} / w_e": ("tab:purple", "^")}
+    kinds = {"CFG alone, w": ("black", "o-", (6, 4)), "CFG in EMAG's window, w inside": ("tab:green", "D", (-6, -13)),
+             "EMAG, w / w_e": ("tab:red", "o", (6, -13)), f"EMAG-Q, {w:g} / {w_e:g}": ("tab:blue", "s", (6, 4)),
+             f"PAG and S², {w:g} / w_e": ("tab:purple", "^", (-6, 4))}    # color, style, where a label stands
     points = {kind: [] for kind in kinds}
     plain, inside, emag, emag_q, others = points.values()
     for run in quality["rows"]:
@@ -59,16 +59,15 @@ def draw_frontier(quality: dict, negatives: dict, file: Path):
 
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 6), layout="constrained")
     for axis, (x, y) in zip(axes, (("coverage", "FD"), ("class accuracy", "KID"))):
-        for kind, (color, style) in kinds.items():
+        for kind, (color, style, offset) in kinds.items():
             if not points[kind]:
                 continue
             places, widths = ([[run[what][metric] for run, _ in points[kind]] for metric in (x, y)]
                               for what in ("values", "widths"))
             axis.errorbar(*places, xerr=widths[0], yerr=widths[1], color=color, fmt=style, elinewidth=0.6, label=kind)
             for *place, (_, text) in zip(*places, points[kind]):
-                side = 1 if place[0] > np.mean(places[0]) or style == "o-" else -1           # so that few labels meet
-                axis.annotate(text, place, xytext=(6 * side, 4), textcoords="offset points", color=color,
-                              ha="left" if side == 1 else "right")
+                axis.annotate(text, place, xytext=offset, textcoords="offset points", color=color,
+                              ha="left" if offset[0] > 0 else "right")
         axis.set(xlabel=x, ylabel=f"{y}, axis upside down")
         axis.invert_yaxis()
     axes[0].legend(title="better: up and to the right")
