@@ -224,8 +224,8 @@ class EMAG:
         need(len(counts) == 1 and 0 not in counts, f"candidate blocks attend for {sorted(counts)} samples: need "
              "rows that select a sample, and candidates of one kind, such as the blocks that attend in space")
         shapes = self.image_tokens, {n: (tuple(call.query.shape), tuple(call.key.shape)) for n, call in calls.items()}
-        need(self._shapes in (None, shapes), f"image tokens, queries and keys were {self._shapes}, and now they are "
-             f"{shapes}: call reset() before a new trajectory")
+        need(self._shapes in (None, shapes), "image_tokens, or the shapes of queries and keys, differ from those of the "
+             "steps before: call reset() before a new trajectory")
         if update:
             self._advance(calls)
             self._shapes = shapes
@@ -601,17 +601,19 @@ class _CatchAttention(TorchFunctionMode):
 
     def check(self, call: _AttentionCall):
         """Raises RuntimeError where EMAG cannot average this call."""
-        shape, image, variant = tuple(call.query.shape), self.emag.image_tokens, self.emag.variant
-        for good, wrong in (
+        shape, keys, image, variant = call.query.shape, call.key.shape[-2], self.emag.image_tokens, self.emag.variant
+        for good, wrong in (                                          # a text is made when it is needed: GPUs wait
                 (not call.is_causal, "attends causally: EMAG is for maps in which every token sees every other"),
                 (call.dropout_p == 0, "attends with dropout, by which two passes differ: call model.eval()"),
-                (len(shape) == 4, f"has queries of shape {shape}: need (batch, heads, tokens, channels)"),
-                (shape[0] == self.batch, f"gets {self.batch} samples and attends for {shape[0]}: EMAG needs inputs that"
-                                         " are batch-first, and one attention call for the whole batch"),
+                (len(shape) == 4, "has queries of shape {shape}: need (batch, heads, tokens, channels)"),
+                (shape[0] == self.batch, "gets {batch} samples and attends for {shape[0]}: EMAG needs inputs that are "
+                                         "batch-first, and one attention call for the whole batch"),
                 (range(shape[-2])[image] and max(abs(image.start or 0), abs(image.stop or 0)) <= shape[-2],
-                 f"attends for {shape[-2]} tokens, and image_tokens is {image}: need the slice of them with the image"),
-                (variant != "image" or shape[-2] == call.key.shape[-2],
-                 f"has {shape[-2]} queries and {call.key.shape[-2]} keys: variant 'image' needs as many; use 'map'"),
+                 "attends for {shape[2]} tokens, and image_tokens is {image}: need the slice of them with the image"),
+                (variant != "image" or shape[-2] == keys,
+                 "has {shape[2]} queries and {keys} keys: variant 'image' needs as many; use 'map'"),
                 (variant != "query" or type(call) is _AttentionCall,
                  "makes its map by hand: variant 'query' has no queries; use 'map'")):
-            need(good, f"candidate block {self.n} ({type(self.emag.blocks[self.n]).__name__}) {wrong}")
+            if not good:
+                wrong = wrong.format(shape=tuple(shape), batch=self.batch, image=image, keys=keys)
+                raise RuntimeError(f"candidate block {self.n} ({type(self.emag.blocks[self.n]).__name__}) {wrong}")
