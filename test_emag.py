@@ -469,7 +469,19 @@ def test_dropout_is_refused_unless_it_is_off(case):
     with pytest.raises(RuntimeError, match=r"block 4 has dropout on.* model.eval\(\)"), emag.observe():
         case.model(*case.inputs(0))
     case.blocks[4].drop.eval()                                               # training mode alone changes nothing
+    case.blocks[3].drop = nn.Dropout(0.0)
     assert len(trajectory(case, emag)) == 4
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_hooks_of_others_on_a_block_stay_around_it(n):
+    """A block that is no candidate, and a candidate."""
+    case, doubled = Case("dit"), Case("dit")
+    case.blocks[n].register_forward_hook(lambda module, args, out: 2 * out)
+    forward = doubled.blocks[n].forward
+    doubled.blocks[n].forward = lambda *args: 2 * forward(*args)
+    for one, two in zip(trajectory(case, case.emag()), trajectory(doubled, doubled.emag())):
+        assert torch.equal(one, two)
 
 
 def test_label_dropout_says_that_the_model_is_in_train_mode():

@@ -73,7 +73,7 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
         nonlocal at
         latents, rows = _conditional(_x_t(args, kwargs), cond, calls)
         doubled, anew = rows != slice(None), at is None or at.trace is not emag.trace
-        need(anew or at.thread == threading.get_ident() or at.is_through() and not at.busy,
+        need(anew or at.thread == threading.get_ident() or at.is_through(),
              "another thread draws inside this guide(): one after the other, or a model and a guide() for each")
         need(anew or not at.busy, "a call of the model failed, or two pipelines draw at once inside this guide(): "
              "leave it, or call emag.reset() and start again")
@@ -191,7 +191,7 @@ def _conditional(x: Tensor | list, cond: str, calls: int) -> tuple[Tensor | list
     else all."""
     x = [images[-1] for images in x] if isinstance(x[0], list) else x
     half = len(x) // 2
-    doubled = len(x) == 2 * half > 0 and _equal(x[:half], x[half:])
+    doubled = half > 0 and _equal(x[:half], x[half:])
     latents = x[:half] if doubled else x
     need(not any(torch.equal(*pair) for pair in itertools.combinations(latents, 2)),
          f"the batch of {len(x)} samples holds some latents more than once, and not as two equal halves: draw images "
