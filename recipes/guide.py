@@ -109,7 +109,8 @@ def guide(model: nn.Module, blocks: Sequence[nn.Module], layers: Iterable[int], 
             need(emag.strength == 0 or not emag.deviation.any() or not _equal(negative, pred[rows]),
                  "the negative is the prediction itself, though the attention is not its average: what EMAG caught is "
                  "not the image's attention, or its result is not used. Give other layers, or attention=")
-            out = rewrap(_guided_rows(pred, negative, rows, channels, scale))
+            _guide_rows(pred, negative, rows, channels, scale)
+            out = rewrap(pred)
         emag.forget()                                                 # frees what was kept of the clean pass
         at.busy = False
         return out
@@ -270,13 +271,11 @@ def _prediction(out) -> tuple[Tensor | list[Tensor], Callable]:
     return leaves[0], lambda pred: tree_unflatten([pred, *leaves[1:]], spec)
 
 
-def _guided_rows(pred, negative, rows: slice, channels: slice | None, scale: float):
-    """`pred` with ε̃' in the place of ε: for the samples `rows`, in their prediction channels."""
-    guided, channels = list(pred), slice(None) if channels is None else channels
+def _guide_rows(pred, negative, rows: slice, channels: slice | None, scale: float):
+    """Writes ε̃' in the place of ε into `pred`: for the samples `rows`, in their prediction channels."""
+    channels = slice(None) if channels is None else channels
     for i, old in zip(range(len(pred))[rows], negative):
-        new = guided[i] = guided[i].clone()
-        new[channels] = emag_update(new[channels], old[channels], scale)
-    return torch.stack(guided) if isinstance(pred, Tensor) else guided
+        pred[i][channels] = emag_update(pred[i][channels], old[channels], scale)
 
 
 @contextmanager

@@ -171,13 +171,14 @@ def test_a_wrong_cut_is_seen_where_the_condition_changes_little():
     with pytest.raises(RuntimeError, match="give take="), guide(case.model, case.blocks, cond="last", **GUIDED):
         for step in range(5):
             case.model(*(part.bfloat16() for part in halves(case, step)[:2]), labels[None])
-    far = Case("dit")                                                    # where it changes much, 3% is rounding
-    plain = far.model.bfloat16().forward
-    far.model.forward = lambda x, *rest: plain(x, *rest) * (1 + 0.03 * (len(x) == 3))
-    with guide(far.model, far.blocks, cond="last", **GUIDED):
-        for step in range(5):
-            x, t, y = halves(far, step)
-            far.model(x.bfloat16(), t.bfloat16(), y)
+    for cond in ("first", "last"):                                       # where it changes much, 3% is rounding
+        far = Case("dit")
+        plain = far.model.bfloat16().forward
+        far.model.forward = lambda x, *rest, plain=plain: plain(x, *rest) * (1 + 0.03 * (len(x) == 3))
+        with guide(far.model, far.blocks, cond=cond, **GUIDED):
+            for step in range(5):
+                x, t, y = halves(far, step)
+                far.model(x.bfloat16(), t.bfloat16(), y)
 
 
 def test_guide_off_and_out_leaves_the_model_as_it_was(case):
