@@ -49,7 +49,6 @@ def zscore(dev: Tensor) -> Tensor:
 
     z⁽ⁿ⁾ = (Δ⁽ⁿ⁾ − mean Δ) / (std Δ + δ), population std, δ > 0 tiny
     """
-    dev = dev - dev[:, :1]             # z stays the same; and equal Δ become exactly 0, where their mean may be rounded
     std, mean = torch.std_mean(dev, dim=1, correction=0, keepdim=True)
     return (dev - mean) / (std + torch.finfo(dev.dtype).tiny)
 

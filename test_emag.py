@@ -331,6 +331,7 @@ def test_equal_deviations_have_zscore_zero_and_select_the_first(dtype):
 @pytest.mark.parametrize("bounds, steps, observed, perturbed", [
     ((1.0, 0.8, 0.2), 1, [0], [0]),                                # r = 0 alone, and every bound rounds to 0
     ((1.0, 0.8, 0.2), 2, [0, 1], [0, 1]),                          # bounds 1, 1 and 0 of r = 1, 0
+    ((1.0, 0.8, 0.6), 6, range(0, 3), range(1, 3)),                # r 5…3 and 4…3
     ((1.0, 0.8, 0.2), 28, range(0, 23), range(5, 23)),             # r 27…5 and 22…5
     ((1.0, 0.8, 0.2), 250, range(0, 200), range(50, 200)),         # r 249…50 and 199…50
     ((0.6, 0.4, 0.2), 250, range(100, 200), range(149, 200)),      # DiT's published window: r 149…50 and 100…50
@@ -345,8 +346,6 @@ def test_window_out_of_order():
     for bounds in ((0.5, 0.8, 0.2), (1.0, 0.2, 0.8), (1.2, 0.8, 0.2), (1.0, 0.8, -0.1), (math.nan, 0.8, 0.2)):
         with pytest.raises(ValueError, match="need 1 ≥ start"):
             Window(*bounds)
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------- the class

@@ -302,6 +302,9 @@ def test_a_batch_is_what_cfg_makes_of_it(case):
     mixed = x.clone()
     mixed[2:, :1] = x[:2, :1]                                            # other channels (tokens) are not equal
     assert "joins other inputs" in refusal(case, [(mixed, *rest)])
+    for free in (dict(cond="all"), dict(cond="first", calls=2)):         # where no batch is doubled, they may be
+        with guide(case.model, case.blocks, (1, 2), steps=1, **free):
+            case.model(mixed, *rest)
     mixed = x.clone()
     mixed[2:, 0, :2] = mixed[:2, 0, :2] = 0                              # some numbers, such as zeros, may be
     with guide(case.model, case.blocks, (1, 2), steps=1, cond="last", variant="query", ema_dtype=F64):
