@@ -11,9 +11,7 @@ Symbols: A attention map, E its moving average, Δ deviation, ε prediction (noi
 β decay, λ blend strength, w_e EMAG scale, w CFG scale. B samples, L candidate blocks, N tokens, d channels per head.
 """
 import dataclasses
-import sys
 import threading
-import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -436,7 +434,7 @@ _LOCK, _OPEN, _STANCE = threading.RLock(), set(), []                  # what `_u
 def _uncompiled() -> Iterator[None]:
     """Inside, what was compiled runs uncompiled, since compiled code does not see hooks and modes that come and go.
     torch has one such switch for all threads: who opens first throws it, and who closes last throws it back."""
-    if "torch._dynamo" not in sys.modules:                            # nothing was compiled; to import it takes seconds
+    if "_dynamo" not in vars(torch):                                  # nothing was compiled; to import it takes seconds
         yield
         return
     me = object()
@@ -485,8 +483,8 @@ def _with_attention(handle: Callable, emag: EMAG, n: int, forward: Callable, arg
 CHUNK = 2**22          # map entries made at a time on a CPU, 16 MiB in float32; elsewhere 8 times as many
 FUSED = torch._C._nn.scaled_dot_product_attention          # not F's, which others replace by a function of their own
 MULTIHEAD = F.multi_head_attention_forward         # a mode sees it as one call, and of this copy all that it calls:
-MULTIHEAD_IN_PARTS = types.FunctionType(MULTIHEAD.__code__, vars(F) | {"has_torch_function": lambda tensors: False},
-                                        MULTIHEAD.__name__, MULTIHEAD.__defaults__)
+MULTIHEAD_IN_PARTS = type(MULTIHEAD)(MULTIHEAD.__code__, vars(F) | {"has_torch_function": lambda tensors: False},
+                                     MULTIHEAD.__name__, MULTIHEAD.__defaults__)
 WATCHED = {FUSED, MULTIHEAD, torch.softmax, Tensor.softmax, F.softmax}
 
 
