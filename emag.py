@@ -597,7 +597,7 @@ class _CatchAttention(TorchFunctionMode):
     def check(self, call: _AttentionCall):
         """Raises RuntimeError where EMAG cannot average this call."""
         shape, keys, image, variant = call.query.shape, call.key.shape[-2], self.emag.image_tokens, self.emag.variant
-        for good, wrong in (                                          # a text is made when it is needed: GPUs wait
+        for good, wrong in (                                          # formatted below: in the usual case no text is made
                 (not call.is_causal, "attends causally: EMAG is for maps in which every token sees every other"),
                 (call.dropout_p == 0, "attends with dropout, by which two passes differ: call model.eval()"),
                 (len(shape) == 4, "has queries of shape {shape}: need (batch, heads, tokens, channels)"),
