@@ -221,7 +221,7 @@ class EMAG:
         need(len(counts) == 1 and 0 not in counts, f"candidate blocks attend for {sorted(counts)} samples: need "
              "rows that select a sample, and candidates of one kind, such as the blocks that attend in space")
         shapes = self.image_tokens, {n: (tuple(call.query.shape), tuple(call.key.shape)) for n, call in calls.items()}
-        need(self._shapes in (None, shapes), "image_tokens, or the shapes of queries and keys, differ from those of the "
+        need(self._shapes in (None, shapes), "image_tokens, or the shapes of queries and keys, are not those of the "
              "steps before: call reset() before a new trajectory")
         if update:
             self._advance(calls)
@@ -597,7 +597,7 @@ class _CatchAttention(TorchFunctionMode):
     def check(self, call: _AttentionCall):
         """Raises RuntimeError where EMAG cannot average this call."""
         shape, keys, image, variant = call.query.shape, call.key.shape[-2], self.emag.image_tokens, self.emag.variant
-        for good, wrong in (                                          # formatted below: in the usual case no text is made
+        for good, wrong in (                                          # formatted below, where one is needed
                 (not call.is_causal, "attends causally: EMAG is for maps in which every token sees every other"),
                 (call.dropout_p == 0, "attends with dropout, by which two passes differ: call model.eval()"),
                 (len(shape) == 4, "has queries of shape {shape}: need (batch, heads, tokens, channels)"),
